@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all a fresh machine needs. One environment, .venv, holds everything; it is made
+# on first use and brought up to date when pyproject.toml changes.
+PROFILE ?= demo
+PY := .venv/bin/python
+PAPERMILL := $(PY) -m papermill --cwd nbs --log-output --no-progress-bar
+BENCHMARKS := $(wildcard nbs/benchmarks/*.ipynb)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab docs export bench clean
+
+help:    ## this list
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+
+demo: .venv/.ready    ## run the tour of the head; the executed notebook is reports/demo.ipynb
+	$(PAPERMILL) nbs/index.ipynb reports/demo.ipynb
+	@echo "The executed notebook: reports/demo.ipynb. To read and change it: make lab"
+
+test: .venv/.ready    ## every notebook and every test; ARGS="-k core" goes to pytest
+	$(PY) -m pytest $(ARGS)
+
+lab: .venv/.ready    ## open JupyterLab on the notebooks
+	$(PY) -m jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+
+docs: .venv/.ready    ## build the web pages into site/
+	$(PY) -m mkdocs build --quiet
+
+export: .venv/.ready    ## clean the notebooks, write emoca_nb/*.py and README.md from them
+	.venv/bin/nbdev-clean
+	.venv/bin/nbdev-export
+	$(PY) scripts/readme.py
+
+bench: .venv/.ready    ## run the benchmarks, tables to reports/benchmarks; PROFILE=gpu on a GPU
+	@mkdir -p reports/runs
+	@$(foreach nb,$(BENCHMARKS),$(PAPERMILL) $(nb) reports/runs/$(notdir $(nb)) $(addprefix -f ,$(wildcard nbs/profiles/$(basename $(patsubst nbs/%,%,$(nb)))/$(PROFILE).yaml)) &&) true
+
+clean:    ## remove the environment, caches and built pages; data/ and reports/ stay
+	rm -rf .venv site build dist *.egg-info .pytest_cache _proc _docs
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml scripts/environment.sh
+	@sh scripts/environment.sh
