@@ -23,7 +23,7 @@ lab: .venv/.ready    ## open JupyterLab on the notebooks
 	$(PY) -m jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 docs: .venv/.ready    ## build the web pages into site/
-	$(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 export: .venv/.ready    ## clean the notebooks, write emoca_nb/*.py and README.md from them
 	.venv/bin/nbdev-clean
@@ -35,7 +35,7 @@ bench: .venv/.ready    ## run the benchmarks, tables to reports/benchmarks; PROF
 	@$(foreach nb,$(BENCHMARKS),$(PAPERMILL) $(nb) reports/runs/$(notdir $(nb)) $(addprefix -f ,$(wildcard nbs/profiles/$(basename $(patsubst nbs/%,%,$(nb)))/$(PROFILE).yaml)) &&) true
 
 clean:    ## remove the environment, caches and built pages; data/ and reports/ stay
-	rm -rf .venv site build dist *.egg-info .pytest_cache _proc _docs
+	rm -rf .venv .cache site build dist *.egg-info .pytest_cache _proc _docs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml scripts/environment.sh

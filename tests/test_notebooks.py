@@ -1,0 +1,24 @@
+"""Every notebook runs from top to bottom, and its own assertions hold. Benchmarks run in test_papermill.py, with a tiny profile."""
+from pathlib import Path
+
+import pytest
+from nbdev.test import test_nb as run_notebook
+
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb")
+                   if not {"benchmarks", ".ipynb_checkpoints"} & set(p.relative_to(NBS).parts))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(name):
+    passed, _ = run_notebook(NBS / name, skip_flags=["slow"], basepath=NBS.parent)
+    assert passed, f"nbs/{name} fails: its traceback is in the captured stderr"
+
+
+def test_a_failing_notebook_is_seen(tmp_path):
+    (tmp_path / "pyproject.toml").write_text((NBS.parent / "pyproject.toml").read_text())
+    cell = dict(cell_type="code", source="assert 1 == 2", metadata={}, outputs=[], execution_count=None, id="a")
+    import json
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    assert run_notebook(broken, showerr=False)[0] is False
