@@ -199,6 +199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'emoca_nb.rasterizer._corner': ('rasterizer.html#_corner', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._corners': ('rasterizer.html#_corners', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._edge': ('rasterizer.html#_edge', 'emoca_nb/rasterizer.py'),
+                                     'emoca_nb.rasterizer._exact': ('rasterizer.html#_exact', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._finite': ('rasterizer.html#_finite', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._in_bands': ('rasterizer.html#_in_bands', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._jit': ('rasterizer.html#_jit', 'emoca_nb/rasterizer.py'),
