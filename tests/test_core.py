@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest, scipy.sparse, torch
 from click.testing import CliRunner
+from PIL import Image
 
 from emoca_nb import __version__, core
 from emoca_nb.core import *
@@ -52,7 +53,8 @@ def test_found_upwards_and_relative_to_the_file(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b")
     s = settings()
-    assert s.data == tmp_path / "faces" and s.files["deca"] == tmp_path / "nets/deca.tar" and s.files["smirk"] == tmp_path / "faces" / ASSETS["smirk"].place
+    assert s.data == tmp_path / "faces" and s.files["deca"] == tmp_path / "nets/deca.tar"
+    assert s.files["smirk"] == tmp_path / "faces" / ASSETS["smirk"].place
     assert s.origin["data"] == s.origin["deca"] == str(tmp_path / "settings.ini")
 
 
@@ -77,9 +79,13 @@ def test_every_key_can_be_set_in_the_file_and_overridden_by_the_environment(tmp_
     assert get(settings()).endswith("from_file")
 
 
-@pytest.mark.parametrize("text,words", [
-    ("[files]\nflame_2020 = x\n", ["flame_2020", "flame2020"]), ("[run]\ndevise = cpu\n", ["devise", "device"]), ("[paths]\nreport = r\n", ["report", "reports"]),
-    ("[path]\ndata = x\n", ["[path]", "[paths]"]), ("[run]\ndata = x\n", ["data", "[paths]"]), ("[paths]\ndeca = x\n", ["deca", "[files]"]), ("[DEFAULT]\nmispelt = 1\n[run]\nprofile = gpu\n", ["mispelt"])])
+MISSPELT = [
+    ("[files]\nflame_2020 = x\n", ["flame_2020", "flame2020"]), ("[run]\ndevise = cpu\n", ["devise", "device"]),
+    ("[paths]\nreport = r\n", ["report", "reports"]), ("[path]\ndata = x\n", ["[path]", "[paths]"]), ("[run]\ndata = x\n", ["data", "[paths]"]),
+    ("[paths]\ndeca = x\n", ["deca", "[files]"]), ("[DEFAULT]\nmispelt = 1\n[run]\nprofile = gpu\n", ["mispelt"])]
+
+
+@pytest.mark.parametrize("text,words", MISSPELT)
 def test_unknown_keys_are_told_the_nearest(text, words):
     ini(text)
     with pytest.raises(EmocaError) as e: settings()
@@ -99,10 +105,11 @@ def test_home_percent_umlaut_and_byte_order_mark():
 
 # ---------------------------------------------------------------- register
 def test_the_register_is_complete_and_sane():
-    wanted = """flame2020 flame2023 flame2023_open landmark_embedding mediapipe_embedding static_embedding dynamic_embedding albedo_bfm texture_space texture_data mean_texture uv_face_mask uv_face_eye_mask
-        head_template fixed_displacement flame_masks flame_mask_triangles l_eyelid r_eyelid deca emoca_v1 emoca_v2_mp emoca_v2_lr_mse_20 emoca_v2_lr_cos_1_5 smirk emonet_8 emonet_5 emotion_resnet50 emotion_swin_b
-        emoca_emorec vggface2_resnet50 mica arcface mobilenet_small mobilenet_large fan_2d s3fd face_landmarker lip_reading ddamfn cage affectnet emonet_val emonet_test afew_va aff_wild2 raf_db vggface2 voxceleb2 ffhq celeba
-        lrs3 mead famos_templates""".split()
+    wanted = """flame2020 flame2023 flame2023_open landmark_embedding mediapipe_embedding static_embedding dynamic_embedding albedo_bfm texture_space
+        texture_data mean_texture uv_face_mask uv_face_eye_mask head_template fixed_displacement flame_masks flame_mask_triangles l_eyelid r_eyelid
+        deca emoca_v1 emoca_v2_mp emoca_v2_lr_mse_20 emoca_v2_lr_cos_1_5 smirk emonet_8 emonet_5 emotion_resnet50 emotion_swin_b emoca_emorec
+        vggface2_resnet50 mica arcface mobilenet_small mobilenet_large fan_2d s3fd face_landmarker lip_reading ddamfn cage affectnet emonet_val
+        emonet_test afew_va aff_wild2 raf_db vggface2 voxceleb2 ffhq celeba lrs3 mead famos_templates""".split()
     assert set(wanted) <= set(ASSETS)
     for name, a in ASSETS.items():
         assert a.name == name and name.isidentifier() and name == name.lower() and name not in ("data", "reports", "profile", "device", "settings")
@@ -114,10 +121,14 @@ def test_the_register_is_complete_and_sane():
 def test_asking_for_a_missing_one_says_all(name, tmp_path):
     with pytest.raises(AssetMissing) as e: asset(name)
     a, text = ASSETS[name], str(e.value)
-    assert all(w in text for w in (name, a.what, a.terms.licence, a.terms.page, str(tmp_path / "data" / a.place), f"EMOCA_NB_{name.upper()}", "settings.ini"))
+    assert all(w in text for w in (name, a.what, a.terms.licence, a.terms.page, str(tmp_path / "data" / a.place), "settings.ini"))
+    assert f"EMOCA_NB_{name.upper()}" in text
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><title>Sign in</title>", bytes(2048), b"\x80\x02N.", b"\x89PNG", b"PK\x03\x04xxxxxxxx", None])
+JUNK = [b"", b"<!DOCTYPE html><title>Sign in</title>", bytes(2048), b"\x80\x02N.", b"\x89PNG", b"PK\x03\x04xxxxxxxx", None]
+
+
+@pytest.mark.parametrize("content", JUNK)
 def test_no_check_takes_junk(tmp_path, monkeypatch, content):
     "A page, zeros, an empty file or an empty folder in the place of each asset"
     (tmp_path / "junk").write_bytes(content) if content is not None else (tmp_path / "junk").mkdir()
@@ -129,34 +140,40 @@ def test_no_check_takes_junk(tmp_path, monkeypatch, content):
     assert len(wrong) >= len(ASSETS) - 2 and all(r["problem"] for r in asset_status() if r["state"] == "wrong")
 
 
+MODEL = ["v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights"]
+ON_FACES = ["lmk_face_idx", "lmk_b_coords", "landmark_indices"]
+CLEAN = ["valence", "arousal", "expression_correct"]
+NPZ = dict(mediapipe_embedding=ON_FACES, albedo_bfm=["MU", "PC"], texture_space=["mean", "tex_dir"])
+NPY = dict(l_eyelid=(5023, 3), r_eyelid=(5023, 3), fixed_displacement=(256, 256))
+NPY_DICT = dict(landmark_embedding=["static_lmk_faces_idx", "dynamic_lmk_faces_idx", "full_lmk_faces_idx"], dynamic_embedding=ON_FACES,
+                flame_mask_triangles=["face_clean", "lips"], texture_data=["valid_pixel_ids", "valid_pixel_b_coords"])
+PICKLED = dict(static_embedding=ON_FACES, flame_masks=["face", "lips", "left_eyeball"], vggface2_resnet50=["conv1.weight", "layer4.0"],
+               emonet_val=CLEAN, emonet_test=CLEAN, flame2020=MODEL, flame2023=MODEL, flame2023_no_jaw=MODEL, flame2023_open=MODEL)
+NETS = dict(deca=["E_flame", "E_detail", "D_detail"], smirk=["smirk_encoder.expression_encoder"], mica=["arcface", "flameModel"],
+            emonet_8=["module.conv1.weight"], emonet_5=["conv1.weight"], lip_reading=["x"], fan_2d=["conv1"], s3fd=["conv1_1.weight"])
+FOLDERS = dict(affectnet=["training.csv", "validation.csv", "Manually_Annotated/x"], afew_va=["001/001.json"], aff_wild2=["VA/train/1.txt"],
+               raf_db=["EmoLabel/list_patition_label.txt"], vggface2=["train/x.jpg"], voxceleb2=["images_cropped/id/x.png"], ffhq=["00000/1.png"],
+               celeba=["img/1.jpg"], lrs3=["a/1.mp4"], mead=["M003/1.mp4"], famos_templates=["s/jaw/1.npy"], arcface=["w600k_r50.onnx"],
+               ddamfn=["a.pth"], cage=["m.pt"])
+EMOCA_RUN = ["cfg.yaml", "checkpoints/deca-epoch=01-val_loss_total/dataloader_idx_0=1.27.ckpt"]
+
+
 def good(name, path):
     "Write something of the right kind for this asset, as small as can be"
-    a, model = ASSETS[name], dict.fromkeys(["v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights"], 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    def files(*names):
-        for n in names: (path / n).parent.mkdir(parents=True, exist_ok=True), (path / n).write_bytes(b"x")
-    arrays = dict(mediapipe_embedding=["lmk_face_idx", "lmk_b_coords", "landmark_indices"], albedo_bfm=["MU", "PC"], texture_space=["mean", "tex_dir"])
-    folders = dict(affectnet=["training.csv", "validation.csv", "Manually_Annotated/x"], afew_va=["001/001.json"], aff_wild2=["VA/train/1.txt"], raf_db=["EmoLabel/list_patition_label.txt"], vggface2=["train/x.jpg"],
-                   voxceleb2=["images_cropped/id/x.png"], ffhq=["00000/1.png"], celeba=["img/1.jpg"], lrs3=["a/1.mp4"], mead=["M003/1.mp4"], famos_templates=["s/jaw/1.npy"], arcface=["w600k_r50.onnx"], ddamfn=["a.pth"], cage=["m.pt"])
-    dicts = dict(landmark_embedding=["static_lmk_faces_idx", "dynamic_lmk_faces_idx", "full_lmk_faces_idx"], dynamic_embedding=["lmk_face_idx", "lmk_b_coords"], flame_mask_triangles=["face_clean", "lips"], texture_data=["valid_pixel_ids", "valid_pixel_b_coords"])
-    pickles = dict(static_embedding=["lmk_face_idx", "lmk_b_coords"], flame_masks=["face", "lips", "left_eyeball"], vggface2_resnet50=["conv1.weight", "layer4.0"], **{f"emonet_{s}": ["valence", "arousal", "expression_correct"] for s in ("val", "test")})
-    nets = dict(deca=["E_flame", "E_detail", "D_detail"], smirk=["smirk_encoder.expression_encoder"], mica=["arcface", "flameModel"], emonet_8=["module.conv1.weight"], emonet_5=["conv1.weight"], lip_reading=["x"], fan_2d=["conv1"], s3fd=["conv1_1.weight"])
-    if name.startswith("flame2"): path.write_bytes(pickle.dumps(model, 2))
-    elif name in arrays: np.savez(path, **dict.fromkeys(arrays[name], np.zeros(2)))
-    elif name in dicts: np.save(path, dict.fromkeys(dicts[name], 0), allow_pickle=True)
-    elif name in pickles: path.write_bytes(pickle.dumps(dict.fromkeys(pickles[name], 0), 0 if "emonet" in name else 2))
-    elif name in nets: torch.save({n: torch.zeros(2) for n in nets[name]}, path, _use_new_zipfile_serialization=name != "deca")
-    elif name in folders: files(*folders[name])
-    elif name.endswith("eyelid"): np.save(path, np.zeros((5023, 3)))
-    elif name == "fixed_displacement": np.save(path, np.zeros((256, 256)))
+    if name in NPZ: np.savez(path, **dict.fromkeys(NPZ[name], np.zeros(2)))
+    elif name in NPY: np.save(path, np.zeros(NPY[name]))
+    elif name in NPY_DICT: np.save(path, dict.fromkeys(NPY_DICT[name], 0), allow_pickle=True)
+    elif name in PICKLED: path.write_bytes(pickle.dumps(dict.fromkeys(PICKLED[name], 0), 0 if "emonet" in name else 2))
+    elif name in NETS: torch.save({n: torch.zeros(2) for n in NETS[name]}, path, _use_new_zipfile_serialization=name != "deca")
     elif name == "head_template": path.write_text("v 0 0 0\nvt 0 0\nf 1/1 1/1 1/1\n")
     elif name.startswith("mobilenet"): path.write_bytes(b"\x40\0\0\0\0\0\0\0" + b'{"conv_stem.weight":{}}')
-    elif name == "face_landmarker":
-        with zipfile.ZipFile(path, "w") as z: z.writestr("face_landmarks_detector.tflite", b"x")
-    elif path.suffix in (".jpg", ".png"):
-        from PIL import Image
-        Image.new("RGB", (2, 2)).save(path)
-    else: files("cfg.yaml", "checkpoints/deca-epoch=01-val_loss_total/dataloader_idx_0=1.27.ckpt")
+    elif name == "face_landmarker": zipfile.ZipFile(path, "w").writestr("face_landmarks_detector.tflite", b"x")
+    elif path.suffix in (".jpg", ".png"): Image.new("RGB", (2, 2)).save(path)
+    else:
+        for n in FOLDERS.get(name, EMOCA_RUN):
+            (path / n).parent.mkdir(parents=True, exist_ok=True)
+            (path / n).write_bytes(b"x")
 
 
 @pytest.mark.parametrize("name", list(ASSETS))
@@ -170,8 +187,7 @@ def test_checks_never_unpickle(tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self): return os.mkdir, ("canary",)
     for name, a in ASSETS.items(): good(name, tmp_path / "data" / a.place)
-    model = dict.fromkeys(["v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights"], Evil())
-    (tmp_path / "data" / ASSETS["flame2020"].place).write_bytes(pickle.dumps(model))
+    (tmp_path / "data" / ASSETS["flame2020"].place).write_bytes(pickle.dumps(dict.fromkeys(MODEL, Evil())))
     torch.save({"E_flame": Evil(), "E_detail": 0, "D_detail": 0}, tmp_path / "data" / ASSETS["deca"].place)
     for forbidden in (pickle, "loads"), (pickle, "load"), (torch, "load"), (core, "_unpickle"): monkeypatch.setattr(*forbidden, None)
     assert {r["state"] for r in asset_status()} == {"there"} and not Path("canary").exists()
@@ -191,7 +207,11 @@ def test_checks_take_the_published_layouts(monkeypatch):
 
 
 # ---------------------------------------------------------------- arrays
-@pytest.mark.parametrize("value", [np.eye(3), np.eye(3, dtype="f4"), scipy.sparse.csc_matrix(np.eye(3)), torch.eye(3), torch.eye(3, requires_grad=True), np.eye(3).tolist(), np.eye(3, dtype=np.uint8)])
+EYES = [np.eye(3), np.eye(3, dtype="f4"), np.eye(3, dtype=np.uint8), np.eye(3).tolist(), scipy.sparse.csc_matrix(np.eye(3)), torch.eye(3),
+        torch.eye(3, requires_grad=True)]
+
+
+@pytest.mark.parametrize("value", EYES)
 def test_expect_array_takes_what_files_hold(value):
     a = expect_array(value, "x", "f", (3, 3))
     assert isinstance(a, np.ndarray) and a.dtype.kind == "f" and np.array_equal(a, np.eye(3))
@@ -203,9 +223,13 @@ def test_expect_array_keeps_single_precision_and_makes_int64():
     assert expect_array(["a", "b"], "x", "f", (None,), "U").tolist() == ["a", "b"] and expect_array([True], "x", "f", (1,), "b").all()
 
 
-@pytest.mark.parametrize("value,shape,kind", [
-    (np.zeros((2, 3)), (3, 3), "f"), (np.zeros(3), (None, 3), "f"), (np.zeros((2, 3, 1)), (None, 3), "f"), ([[1, 2], [3]], None, "f"), (None, None, "f"), ("text", None, "f"), ({"a": 1}, None, "f"), ([np.nan], None, "f"),
-    ([np.inf], None, "f"), ([1.5], None, "i"), (["a"], None, "i"), ([True], None, "i"), ([1], None, "b"), ([1], None, "U"), (np.array([None]), None, "f"), (1j, None, "f"), (np.zeros(3), (), "f")])
+WRONG = [
+    (np.zeros((2, 3)), (3, 3), "f"), (np.zeros(3), (None, 3), "f"), (np.zeros((2, 3, 1)), (None, 3), "f"), (np.zeros(3), (), "f"),
+    ([[1, 2], [3]], None, "f"), (None, None, "f"), ("text", None, "f"), ({"a": 1}, None, "f"), ([np.nan], None, "f"), ([np.inf], None, "f"),
+    (np.array([None]), None, "f"), (1j, None, "f"), ([1.5], None, "i"), (["a"], None, "i"), ([True], None, "i"), ([1], None, "b"), ([1], None, "U")]
+
+
+@pytest.mark.parametrize("value,shape,kind", WRONG)
 def test_expect_array_refuses(value, shape, kind):
     with pytest.raises(BadFile, match="model.pkl: expected weights to be .*, found ."): expect_array(value, "weights", "model.pkl", shape, kind)
 

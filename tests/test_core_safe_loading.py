@@ -104,14 +104,20 @@ def _saved(x, zipped=True):
     return f.getvalue()
 
 
-FORBIDDEN = """os.system posix.system nt.system subprocess.call builtins.eval __builtin__.eval builtins.exec builtins.compile builtins.getattr builtins.setattr builtins.__import__ builtins.globals
-builtins.type builtins.bytearray builtins.range types.FunctionType types.CodeType functools.partial functools.reduce operator.methodcaller itertools.starmap copyreg.__newobj__ copyreg.add_extension copyreg.dispatch_table
-importlib.import_module importlib._bootstrap._call_with_frames_removed pickle.loads _pickle.loads marshal.loads shelve.open codecs.open codecs.lookup _codecs.lookup _codecs.decode _codecs.encode.__call__
-numpy.load numpy.fromfile numpy.memmap numpy.core.multiarray.fromfile numpy.testing._private.utils.runstring numpy.f2py.compile numpy.ndarray.tofile numpy.ufunc numpy.core.multiarray._reconstruct.__class__
-numpy.dtypes.Float64DType numpy.ma.core._mareconstruct numpy.random._pickle.__generator_ctor scipy.sparse.load_npz scipy.sparse.csc.np.load torch.load torch.storage.torch.load torch.hub.load torch.jit.load
-torch.ops.load_library torch._utils._rebuild_tensor_v2.__globals__ torch.utils.cpp_extension.load_inline torch.nn.modules.linear.Linear torch.package.PackageImporter torch.FloatStorage omegaconf.OmegaConf.load omegaconf.resolvers.oc.env
-chumpy.ch.os.system chumpy.ch.eval chumpy.np.load collections.OrderedDict.__init__ collections.Counter pytorch_lightning.trainer.Trainer pandas.io.pickle.read_pickle numba.core.serialize._unpickle__CustomPickled
-emoca_nb.core.load_checkpoint emoca_nb.core.ADMITTED sys.modules sys.exit code.interact pdb.run webbrowser.open socket.socket ctypes.CDLL pty.spawn commands.getoutput __main__.x""".split()
+FORBIDDEN = """
+os.system posix.system nt.system subprocess.call builtins.eval __builtin__.eval builtins.exec builtins.compile builtins.getattr builtins.setattr
+builtins.__import__ builtins.globals builtins.type builtins.bytearray builtins.range types.FunctionType types.CodeType functools.partial
+functools.reduce operator.methodcaller itertools.starmap copyreg.__newobj__ copyreg.add_extension copyreg.dispatch_table importlib.import_module
+importlib._bootstrap._call_with_frames_removed pickle.loads _pickle.loads marshal.loads shelve.open codecs.open codecs.lookup _codecs.lookup
+_codecs.decode _codecs.encode.__call__ numpy.load numpy.fromfile numpy.memmap numpy.core.multiarray.fromfile numpy.testing._private.utils.runstring
+numpy.f2py.compile numpy.ndarray.tofile numpy.ufunc numpy.core.multiarray._reconstruct.__class__ numpy.dtypes.Float64DType
+numpy.ma.core._mareconstruct numpy.random._pickle.__generator_ctor scipy.sparse.load_npz scipy.sparse.csc.np.load torch.load
+torch.storage.torch.load torch.hub.load torch.jit.load torch.ops.load_library torch._utils._rebuild_tensor_v2.__globals__
+torch.utils.cpp_extension.load_inline torch.nn.modules.linear.Linear torch.package.PackageImporter torch.FloatStorage omegaconf.OmegaConf.load
+omegaconf.resolvers.oc.env chumpy.ch.os.system chumpy.ch.eval chumpy.np.load collections.OrderedDict.__init__ collections.Counter
+pytorch_lightning.trainer.Trainer pandas.io.pickle.read_pickle numba.core.serialize._unpickle__CustomPickled emoca_nb.core.load_checkpoint
+emoca_nb.core.ADMITTED sys.modules sys.exit code.interact pdb.run webbrowser.open socket.socket ctypes.CDLL pty.spawn commands.getoutput __main__.x
+""".split()
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
@@ -218,7 +224,8 @@ def test_npy_that_claims_too_much(tmp_path, shape):
 
 
 @pytest.mark.parametrize("header", [
-    b"{'descr': '<f8', 'fortran_order': False, 'shape': (3,), }" * 400, b"{'descr': '<f8'}", b"__import__('os').mkdir('canary')", b"{'descr': [('a', '<f8')]}",
+    b"{'descr': '<f8', 'fortran_order': False, 'shape': (3,), }" * 400, b"{'descr': '<f8'}", b"__import__('os').mkdir('canary')",
+        b"{'descr': [('a', '<f8')]}",
     b"{'descr': 'O', 'fortran_order': False, 'shape': (3,), }", b"(" * 900, b"", b"\xff\xfe"])
 def test_npy_headers(tmp_path, header, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -263,7 +270,8 @@ def test_sparse_shapes(tmp_path, shape):
     with pytest.raises(BadFile): load_pickle(tmp_path / "a.pkl")
 
 
-@pytest.mark.parametrize("part,value", [("indices", [0, 1, 99]), ("indices", [0, -1, 2]), ("indptr", [0, 1, 2, 99]), ("indptr", [0, 3, 2, 3]), ("indptr", [0, 3]), ("data", [[1.]])])
+@pytest.mark.parametrize("part,value", [("indices", [0, 1, 99]), ("indices", [0, -1, 2]), ("indptr", [0, 1, 2, 99]), ("indptr", [0, 3, 2, 3]),
+    ("indptr", [0, 3]), ("data", [[1.]])])
 def test_sparse_indices_out_of_bounds(tmp_path, part, value):
     "scipy's C code would read outside its arrays"
     m = scipy.sparse.csc_matrix(np.eye(3))
@@ -277,7 +285,8 @@ def _tensor(offset, size, stride, n=4):
     return pickle.dumps(Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {}), 2)
 
 
-@pytest.mark.parametrize("offset,size,stride", [(1, (4,), (1,)), (0, (5,), (1,)), (-1, (2,), (1,)), (0, (2, 2), (3, 1)), (0, (1 << 40,), (0,)), (0, (2,), (-1,)), (0, (2, 2), (1,)), (1 << 60, (1,), (1,)), (0, (1 << 62, 4), (0, 1))])
+@pytest.mark.parametrize("offset,size,stride", [(1, (4,), (1,)), (0, (5,), (1,)), (-1, (2,), (1,)), (0, (2, 2), (3, 1)), (0, (1 << 40,), (0,)), (0,
+    (2,), (-1,)), (0, (2, 2), (1,)), (1 << 60, (1,), (1,)), (0, (1 << 62, 4), (0, 1))])
 def test_tensors_that_leave_their_storage(tmp_path, offset, size, stride):
     (tmp_path / "a.pkl").write_bytes(_tensor(offset, size, stride))
     with pytest.raises(BadFile): load_pickle(tmp_path / "a.pkl")
@@ -382,13 +391,15 @@ def test_several_pickles_in_one_file(tmp_path):
 def test_checkpoints_of_both_forms(tmp_path, zipped):
     layer = torch.nn.Linear(3, 2)
     torch.save({"state_dict": layer.state_dict(), "epoch": np.float64(1.5), "optimizer": {"step": torch.tensor(3)}, "shape": torch.Size([2]),
-                "bf16": torch.ones(2, dtype=torch.bfloat16), "shared": [layer.weight.data, layer.weight.data.T]}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+                "bf16": torch.ones(2, dtype=torch.bfloat16), "shared": [layer.weight.data, layer.weight.data.T]}, tmp_path / "a.ckpt",
+                    _use_new_zipfile_serialization=zipped)
     c = load_checkpoint(tmp_path / "a.ckpt")
-    assert type(c["state_dict"]) is dict and torch.equal(c["state_dict"]["weight"], layer.weight) and c["epoch"] == 1.5 and c["bf16"].dtype == torch.bfloat16
+    assert type(c["state_dict"]) is dict and torch.equal(c["state_dict"]["weight"],
+        layer.weight) and c["epoch"] == 1.5 and c["bf16"].dtype == torch.bfloat16
     assert torch.equal(c["shared"][1], layer.weight.T)
 
 
-# What omegaconf 2.1.1 pickled (protocol 2, zlib, base85) of {model: {n_shape: 100, lr: 1e-4, name: deca, flag: true, none: null, imgs: [1, 2.5, x], ref: "${model.n_shape}", path: "???"}}
+# What omegaconf 2.1.1 pickled of CONFIG below: protocol 2, zlib, base85.
 OMEGACONF = (
     "c-"
     "mc*TU*mW5QbY&DM1kxLGg^IqJT#{Ye7&{v|>EPV@%R*H<Bj(ngpr13Ku>P{!MTF6V9exOzcf(H<|bQW@a~QT~1JEHOmS7>SV=rA{n?fZH~g(c8J{AI`RTtMWZ*D%b9f+Srsd?(49)Pt&"
@@ -399,7 +410,8 @@ OMEGACONF = (
     ";V0(Z0AJCZw_;?C)~r??x+W#BX1PiXT34;1a8z@sefzN9UrXpeO~QM7W0=GN(ams7*?+)&-"
     "l#}umD`IICU1)izHqzgRn$Ysv8OxN(D?Vv0jyi7TGrQ<ap%q9eMKVfX1xDh`50dI;)eQyQcsrudve8|+dkdyR}DY~iSQ^Hu};|qC;B*PN06~hszWEpwMU@1mbM@=#2r)7ue*FkXsSD`)"
     "&EM-w$66K{(bsfG!8F|92Ac$>7jqh%Mq|ivP5NIlFC=g|**pS#bg<aP1W%H~J5b4Bfa^ojE_fue{Guwt0akLVRuL7$|<C}oUYP6)r_msvD9c!B!(ru|!!g_4Su^q<t<X;ZZ%BT")
-CONFIG = {"model": {"n_shape": 100, "lr": 1e-4, "name": "deca", "flag": True, "none": None, "imgs": [1, 2.5, "x"], "ref": "${model.n_shape}", "path": "???"}}
+CONFIG = {"model": {"n_shape": 100, "lr": 1e-4, "name": "deca", "flag": True, "none": None, "imgs": [1, 2.5, "x"], "ref": "${model.n_shape}",
+    "path": "???"}}
 
 
 def test_omegaconf_becomes_plain(tmp_path):
@@ -409,7 +421,8 @@ def test_omegaconf_becomes_plain(tmp_path):
 
 
 def test_omegaconf_and_lightning_in_a_checkpoint(tmp_path):
-    DictConfig, Node, Meta = (foreign(f"omegaconf.{m}", n) for m, n in [("dictconfig", "DictConfig"), ("nodes", "AnyNode"), ("base", "ContainerMetadata")])
+    DictConfig, Node, Meta = (foreign(f"omegaconf.{m}", n) for m, n in [("dictconfig", "DictConfig"), ("nodes", "AnyNode"), ("base",
+        "ContainerMetadata")])
     Stop, Other = foreign("pytorch_lightning.callbacks.early_stopping", "EarlyStopping"), foreign("pytorch_lightning.callbacks.base", "Callback")
     with foreign_modules(DictConfig, Node, Meta, Stop, Other):
         config = DictConfig(_metadata=Meta(ref_type=dict), _parent=None, _content={})
@@ -443,7 +456,8 @@ LOADERS = [load_pickle, load_npy, load_npz, load_checkpoint]
 
 
 @pytest.mark.parametrize("load", LOADERS)
-@pytest.mark.parametrize("content", [b"", b"\0", b"<html>404 Not Found</html>", b"\x89PNG\r\n\x1a\n" + bytes(50), b"PK\x03\x04" + bytes(60), b"\x93NUMPY", b"\x80\x02", bytes(4096), b"PK\x05\x06" + bytes(18)])
+@pytest.mark.parametrize("content", [b"", b"\0", b"<html>404 Not Found</html>", b"\x89PNG\r\n\x1a\n" + bytes(50), b"PK\x03\x04" + bytes(60),
+    b"\x93NUMPY", b"\x80\x02", bytes(4096), b"PK\x05\x06" + bytes(18)])
 def test_wrong_content(tmp_path, load, content):
     path = tmp_path / "wrong.file"
     path.write_bytes(content)
@@ -504,13 +518,15 @@ def test_encrypted_and_damaged_archives(tmp_path):
 def _samples(tmp_path):
     Ch, rng = foreign("chumpy.ch", "Ch"), np.random.default_rng(0)
     with foreign_modules(Ch):
-        model = {"v_template": Ch(x=rng.normal(size=(6, 3))), "f": np.arange(6, dtype=np.uint32).reshape(2, 3), "J_regressor": scipy.sparse.csc_matrix(np.eye(3)), "bs_style": "lbs"}
+        model = {"v_template": Ch(x=rng.normal(size=(6, 3))), "f": np.arange(6, dtype=np.uint32).reshape(2, 3),
+            "J_regressor": scipy.sparse.csc_matrix(np.eye(3)), "bs_style": "lbs"}
         yield load_pickle, "py2.pkl", pickle.dumps(model, 2)
         yield load_pickle, "text.pkl", pickle.dumps(model, 0)
     yield load_pickle, "new.pkl", pickle.dumps({"a": rng.normal(size=(4, 3)), "b": [1, 2.5, None, "x", (1, {2})]}, 5)
     embedding = np.array({"static": np.arange(51), "dynamic": torch.arange(12).reshape(3, 4)}, object)
     for name, save in [("a.npy", lambda p: np.save(p, rng.normal(size=(4, 3)))), ("o.npy", lambda p: np.save(p, embedding, allow_pickle=True)),
-                       ("a.npz", lambda p: np.savez(p, MU=rng.normal(size=4), PC=np.eye(3))), ("c.npz", lambda p: np.savez_compressed(p, MU=np.zeros(400), o=embedding))]:
+                       ("a.npz", lambda p: np.savez(p, MU=rng.normal(size=4), PC=np.eye(3))), ("c.npz", lambda p: np.savez_compressed(p,
+                           MU=np.zeros(400), o=embedding))]:
         save(tmp_path / name)
         yield load_npy if name.endswith("npy") else load_npz, name, (tmp_path / name).read_bytes()
     state = {"state_dict": {"E_flame.w": torch.arange(6.).reshape(2, 3)}, "epoch": 3, "hparams": {"lr": np.float32(.5)}}
@@ -521,7 +537,8 @@ def _plain(x):
     "Only what the loaders promise: arrays, tensors, plain values and their containers"
     if isinstance(x, dict): return all(_plain(k) and _plain(v) for k, v in x.items())
     if isinstance(x, (list, tuple, set)): return all(map(_plain, x))
-    return x is None or isinstance(x, (int, float, complex, str, bytes, bytearray, np.ndarray, np.generic, torch.Tensor, torch.dtype, torch.device)) or scipy.sparse.issparse(x)
+    return x is None or isinstance(x, (int, float, complex, str, bytes, bytearray, np.ndarray, np.generic, torch.Tensor, torch.dtype,
+        torch.device)) or scipy.sparse.issparse(x)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -560,7 +577,8 @@ def load_from(path, load, raw):
 def test_golden_flame_pickle():
     m = load_pickle(GOLDEN / "flame_tiny.pkl")
     assert {k: getattr(v, "shape", v) for k, v in m.items()} == dict(
-        f=(384, 3), v_template=(208, 3), shapedirs=(208, 3, 400), posedirs=(208, 3, 36), J_regressor=(5, 208), weights=(208, 5), kintree_table=(2, 5), J=(5, 3), bs_style="lbs", bs_type="lrotmin")
+        f=(384, 3), v_template=(208, 3), shapedirs=(208, 3, 400), posedirs=(208, 3, 36), J_regressor=(5, 208), weights=(208, 5), kintree_table=(2,
+            5), J=(5, 3), bs_style="lbs", bs_type="lrotmin")
     assert scipy.sparse.issparse(m["J_regressor"]) and all(isinstance(m[k], np.ndarray) for k in ("v_template", "shapedirs", "weights", "J"))
     np.testing.assert_allclose(m["weights"].sum(1), 1, atol=1e-12)
     assert m["f"].max() < 208 and np.isfinite(m["shapedirs"]).all()
@@ -569,14 +587,17 @@ def test_golden_flame_pickle():
 @needs_golden
 def test_golden_landmark_embedding():
     e = load_npy(GOLDEN / "landmark_embedding_tiny.npy")
-    assert {k: tuple(v.shape) for k, v in e.items()} == dict(static_lmk_faces_idx=(51,), static_lmk_bary_coords=(51, 3), dynamic_lmk_faces_idx=(79, 17),
-                                                            dynamic_lmk_bary_coords=(79, 17, 3), full_lmk_faces_idx=(1, 68), full_lmk_bary_coords=(1, 68, 3))
+    assert {k: tuple(v.shape) for k, v in e.items()} == dict(static_lmk_faces_idx=(51,), static_lmk_bary_coords=(51, 3), dynamic_lmk_faces_idx=(79,
+        17),
+                                                            dynamic_lmk_bary_coords=(79, 17, 3), full_lmk_faces_idx=(1, 68),
+                                                                full_lmk_bary_coords=(1, 68, 3))
     assert isinstance(e["dynamic_lmk_faces_idx"], torch.Tensor)
     np.testing.assert_allclose(np.asarray(e["dynamic_lmk_bary_coords"]).sum(-1), 1, atol=1e-5)
 
 
 @needs_golden
-@pytest.mark.parametrize("name,load", [("flame_tiny.pkl", load_pickle), ("landmark_embedding_tiny.npy", load_npy), ("flame_tiny_expected.npz", load_npz)])
+@pytest.mark.parametrize("name,load", [("flame_tiny.pkl", load_pickle), ("landmark_embedding_tiny.npy", load_npy), ("flame_tiny_expected.npz",
+    load_npz)])
 def test_golden_files_cut_short(tmp_path, name, load):
     raw = (GOLDEN / name).read_bytes()
     for fraction in (0, .001, .1, .5, .9, .9999):
