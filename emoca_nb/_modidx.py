@@ -26,7 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'emoca_nb.core._Values': ('core.html#_values', 'emoca_nb/core.py'),
                                'emoca_nb.core._Values.__call__': ('core.html#_values.__call__', 'emoca_nb/core.py'),
                                'emoca_nb.core._Values.__init__': ('core.html#_values.__init__', 'emoca_nb/core.py'),
-                               'emoca_nb.core._Values.make': ('core.html#_values.make', 'emoca_nb/core.py'),
+                               'emoca_nb.core._Values._make': ('core.html#_values._make', 'emoca_nb/core.py'),
                                'emoca_nb.core._array': ('core.html#_array', 'emoca_nb/core.py'),
                                'emoca_nb.core._bare': ('core.html#_bare', 'emoca_nb/core.py'),
                                'emoca_nb.core._below': ('core.html#_below', 'emoca_nb/core.py'),
