@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all a fresh machine needs. One environment, .venv, holds everything; it is made
 # on first use and brought up to date when pyproject.toml changes.
-PROFILE ?= demo
+PROFILE ?= $(or $(EMOCA_NB_PROFILE),$(shell sed -n "s/^profile *= *//p" settings.ini))
 PY := .venv/bin/python
 PAPERMILL := $(PY) -m papermill --cwd nbs --log-output --no-progress-bar
 BENCHMARKS := $(wildcard nbs/benchmarks/*.ipynb)
@@ -26,6 +26,7 @@ docs: .venv/.ready    ## build the web pages into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 export: .venv/.ready    ## clean the notebooks, write emoca_nb/*.py and README.md from them
+	$(PY) scripts/strip_widgets.py
 	.venv/bin/nbdev-clean
 	.venv/bin/nbdev-export
 	$(PY) scripts/readme.py

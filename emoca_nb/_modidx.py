@@ -277,6 +277,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'emoca_nb.viewer.Face.vertices': ('viewer.html#face.vertices', 'emoca_nb/viewer.py'),
                                  'emoca_nb.viewer.HeadViewer': ('viewer.html#headviewer', 'emoca_nb/viewer.py'),
                                  'emoca_nb.viewer.HeadViewer.__init__': ('viewer.html#headviewer.__init__', 'emoca_nb/viewer.py'),
+                                 'emoca_nb.viewer.HeadViewer._repr_mimebundle_': ( 'viewer.html#headviewer._repr_mimebundle_',
+                                                                                   'emoca_nb/viewer.py'),
                                  'emoca_nb.viewer.HeadViewer.another': ('viewer.html#headviewer.another', 'emoca_nb/viewer.py'),
                                  'emoca_nb.viewer.HeadViewer.desk': ('viewer.html#headviewer.desk', 'emoca_nb/viewer.py'),
                                  'emoca_nb.viewer.HeadViewer.draw': ('viewer.html#headviewer.draw', 'emoca_nb/viewer.py'),

@@ -80,7 +80,7 @@ def test_readme_is_rendered_from_index():
 def test_notebook_is_fit_to_commit(path):
     text = path.read_text()
     assert len(text) <= 300_000, f"{len(text) / 1e3:.0f} kB: smaller or fewer pictures"
-    assert "widget-state" not in text and "widgets" not in json.loads(text)["metadata"], "widget state is stored"
+    assert "widget-state" not in text and "widget-view" not in text and "widgets" not in json.loads(text)["metadata"], "widgets are stored: make export"
     assert '"output_type": "error"' not in text, "an output is a traceback"
     assert cells(path, "markdown")[0][0].startswith("# "), "the first text cell is the title"
 
