@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'emoca_nb.core.atomic_write': ('core.html#atomic_write', 'emoca_nb/core.py'),
                                'emoca_nb.core.checkpoint_of': ('core.html#checkpoint_of', 'emoca_nb/core.py'),
                                'emoca_nb.core.cli': ('core.html#cli', 'emoca_nb/core.py'),
+                               'emoca_nb.core.contact_sheet': ('core.html#contact_sheet', 'emoca_nb/core.py'),
                                'emoca_nb.core.devices': ('core.html#devices', 'emoca_nb/core.py'),
                                'emoca_nb.core.expect_array': ('core.html#expect_array', 'emoca_nb/core.py'),
                                'emoca_nb.core.folder_of': ('core.html#folder_of', 'emoca_nb/core.py'),
