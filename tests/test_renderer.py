@@ -57,15 +57,16 @@ def test_vertex_normals():
     assert gradcheck(lambda v: R.vertex_normals(v, f), v.requires_grad_())
 
 
-def test_spherical_harmonics_are_the_cosine_lobe():
-    "A light L with radiance B-hat gives the shading integral of radiance times the clamped cosine, over the sphere."
-    n = torch.nn.functional.normalize(torch.randn(40000, 3), dim=-1)
-    plain = R.sh_basis(n.T[None, :, None]) / torch.tensor([math.pi, *[2 * math.pi / 3] * 3, *[math.pi / 4] * 5])[None, :, None, None] * math.pi
-    light = torch.randn(1, 9, 1).expand(-1, -1, 3) / math.pi
-    gram = plain[0, :, 0] @ plain[0, :, 0].T / n.shape[0] * 4 * math.pi
-    weights = gram.diagonal()
-    assert (gram - weights.diag()).abs().max() < 0.05 * weights.max(), "the basis is not orthogonal"
-    assert torch.allclose(R.shade_sh(n.T[None, :, None], light), torch.einsum("bkhw,bkc->bchw", R.sh_basis(n.T[None, :, None]), light), atol=1e-5)
+def test_shading_is_the_light_that_arrives():
+    "The integral over the sphere of a light Y_k times the clamped cosine is B_k; the published constant term lacks its factor pi."
+    direction = torch.nn.functional.normalize(torch.randn(400_000, 3, generator=torch.Generator().manual_seed(1)), dim=-1).double()
+    n = torch.nn.functional.normalize(torch.tensor([[0.3, -0.5, 0.8], [0.0, 1, 0], [-0.6, 0.1, -0.3]]).double(), dim=-1)
+    lobe = torch.tensor([1, *[2 * math.pi / 3] * 3, *[math.pi / 4] * 5]).double()
+    radiance = R.sh_basis(direction.T[None, :, None])[0, :, 0] / lobe[:, None]  # orthonormal Y_k
+    arrives = radiance @ (direction @ n.T).clamp(min=0) / len(direction) * 4 * math.pi
+    expected = R.sh_basis(n.T[None, :, None])[0, :, 0]
+    expected[0] *= math.pi
+    assert torch.allclose(arrives, expected, atol=0.02)
     assert gradcheck(R.shade_sh, doubles((2, 3, 2, 3), (2, 9, 3)))
 
 
