@@ -242,6 +242,10 @@ def test_wrong_sizes(arguments, message):
     with pytest.raises(ValueError, match=message): layer(**arguments)
 
 
+def test_landmarks_of_a_model_in_hand_are_not_replaced_silently():
+    with pytest.raises(ValueError, match="landmarks: expected None"): FLAME.load(ball(), "landmark_embedding.npy", 7, 5)
+
+
 def test_no_eyelids_is_said():
     with pytest.raises(ValueError, match="ball has no eyelid offsets"): layer(replace(ball(), eyelids=None))(eyelid=torch.zeros(1, 2))
 
