@@ -20,11 +20,12 @@ def render(root: Path = ROOT) -> tuple[str, dict[str, bytes]]:
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.source = DIRECTIVE.sub("", cell.source)
         else: cell.source = LINK.sub(lambda m: m[1] + from_root(m[2], root) + m[3], cell.source)
+    notebook.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter()
     resources = {"output_files_dir": "reports/figures", "unique_key": "readme"}
     text, resources = exporter.from_notebook_node(notebook, resources)
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
-    return text, {k: v for k, v in resources.get("outputs", {}).items()}
+    return text, dict(resources.get("outputs", {}))
 
 
 def from_root(link: str, root: Path) -> str:
