@@ -1,4 +1,6 @@
 """Every notebook runs from top to bottom, and its own assertions hold. Benchmarks run in test_papermill.py, with a tiny profile."""
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,15 @@ from nbdev.test import test_nb as run_notebook
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb")
                    if not {"benchmarks", ".ipynb_checkpoints"} & set(p.relative_to(NBS).parts))
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Notebooks run in this process: what one sets in the environment is not for the next."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -18,7 +29,6 @@ def test_notebook(name):
 def test_a_failing_notebook_is_seen(tmp_path):
     (tmp_path / "pyproject.toml").write_text((NBS.parent / "pyproject.toml").read_text())
     cell = dict(cell_type="code", source="assert 1 == 2", metadata={}, outputs=[], execution_count=None, id="a")
-    import json
     broken = tmp_path / "broken.ipynb"
     broken.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
     assert run_notebook(broken, showerr=False)[0] is False

@@ -1,5 +1,4 @@
 """Parameterised notebooks run through papermill with their tiny profile, and refuse a parameter that they do not know."""
-import json
 from pathlib import Path
 
 import papermill
@@ -9,11 +8,11 @@ import yaml
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 
 
-def has_parameters(path): return any("parameters" in c["metadata"].get("tags", []) for c in json.loads(path.read_text())["cells"])
+PARAMETERISED = sorted(p.parent.relative_to(NBS / "profiles").as_posix() for p in (NBS / "profiles").rglob("tiny.yaml"))
 
 
-PARAMETERISED = sorted(p.relative_to(NBS).with_suffix("").as_posix() for p in NBS.rglob("*.ipynb")
-                       if ".ipynb_checkpoints" not in p.parts and has_parameters(p))
+def test_every_benchmark_has_a_tiny_profile():
+    assert {p.relative_to(NBS).with_suffix("").as_posix() for p in (NBS / "benchmarks").glob("*.ipynb")} <= set(PARAMETERISED)
 
 
 def run(name, output, **parameters):
