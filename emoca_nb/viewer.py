@@ -6,7 +6,7 @@
 __all__ = ['FOV', 'DEGREE', 'STUDIO', 'POSE', 'REGIONS', 'FRAME', 'Face', 'one_thread', 'view_axes', 'perspective', 'portrait',
            'split_seams', 'png', 'obj_lines', 'Control', 'words', 'panels', 'scene', 'HeadViewer']
 
-# %% ../nbs/02a_viewer.ipynb #db45a270
+# %% ../nbs/02a_viewer.ipynb #5616c2ec
 import asyncio, base64, html, io, re, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .flame import FLAME
 from .open_head import EMOTIONS, emotion_codes, sided, unit_codes
 from .renderer import interpolate, rasterize, sample_uv, shade_sh, uv_to_grid, vertex_normals
 
-# %% ../nbs/02a_viewer.ipynb #821421d4
+# %% ../nbs/02a_viewer.ipynb #cbc6cb98
 class Face:
     "A head layer and the codes of one face"
     def __init__(self,
@@ -38,7 +38,7 @@ class Face:
         sizes = dict(expression=self.flame.n_exp, jaw=3, neck=3, gaze=2, identity=self.flame.n_shape, albedo=len(self.head.albedo.scale) if painted else 0)
         self.codes = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
 
-# %% ../nbs/02a_viewer.ipynb #37c199d9
+# %% ../nbs/02a_viewer.ipynb #466c92cd
 @contextmanager
 def one_thread():
     "Within this context torch computes on one thread"
@@ -47,7 +47,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02a_viewer.ipynb #afc52c36
+# %% ../nbs/02a_viewer.ipynb #4b15bd75
 @patch
 def vertices(self: Face):
     "The vertices of the present codes: (V,3) float32, metres"
@@ -58,7 +58,7 @@ def vertices(self: Face):
     with torch.inference_mode(), one_thread():
         return self.flame(c["identity"], c["expression"], pose, torch.cat([eye, eye], -1), c["neck"]).vertices[0].numpy()
 
-# %% ../nbs/02a_viewer.ipynb #740a8263
+# %% ../nbs/02a_viewer.ipynb #2648ba8a
 @patch
 def texture(self: Face):
     "The albedo map of the present codes: (H,H,3) uint8 RGB; None where the head has none"
@@ -66,7 +66,7 @@ def texture(self: Face):
     with torch.inference_mode(), one_thread(): albedo = self.head.albedo.albedo(torch.from_numpy(self.codes["albedo"])[None])[0]
     return (albedo.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #254ac632
+# %% ../nbs/02a_viewer.ipynb #c17a30fa
 @patch
 def vector(self: Face,
     name,  # of a code
@@ -79,7 +79,7 @@ def vector(self: Face,
     if not np.isfinite(value).all(): raise ValueError(f"{name} holds a number that is not finite")
     return np.pad(value, (0, size - len(value)))
 
-# %% ../nbs/02a_viewer.ipynb #18cb922f
+# %% ../nbs/02a_viewer.ipynb #b6e00d2c
 @patch
 def unit_vectors(self: Face,
     units,  # dict: name of a unit -> value, usually 0..1
@@ -94,7 +94,7 @@ def unit_vectors(self: Face,
         else: raise ValueError(f"{unit} is not among the first {len(expression)} components of {self.head.name}, which this layer was loaded with")
     return dict(expression=expression, jaw=jaw)
 
-# %% ../nbs/02a_viewer.ipynb #5c42dfac
+# %% ../nbs/02a_viewer.ipynb #55efaad7
 @patch
 def emotion_vectors(self: Face,
     emotion,  # one of EMOTIONS
@@ -105,7 +105,7 @@ def emotion_vectors(self: Face,
     codes = emotion_codes(emotion, intensity)
     return dict(expression=codes["exp"], jaw=codes["pose"][3:])
 
-# %% ../nbs/02a_viewer.ipynb #240c7e30
+# %% ../nbs/02a_viewer.ipynb #c26d94e2
 @patch
 def set(self: Face,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -119,7 +119,7 @@ def set(self: Face,
     self.codes |= {name: self.vector(name, value) for name, value in codes.items()}
     return self
 
-# %% ../nbs/02a_viewer.ipynb #6cf9325c
+# %% ../nbs/02a_viewer.ipynb #2e05b72e
 FOV = 22.  # opening angle from top to bottom, degrees: narrow, as a portrait photographer likes it
 DEGREE = np.pi / 180
 
@@ -133,7 +133,7 @@ def view_axes(
     right /= np.linalg.norm(right)
     return np.stack([right, np.cross(right, forward), forward])
 
-# %% ../nbs/02a_viewer.ipynb #05409c52
+# %% ../nbs/02a_viewer.ipynb #b88f1e1e
 def perspective(
     points,  # (N,3) metres
     camera,  # (9,) position, target, up
@@ -145,7 +145,7 @@ def perspective(
     scale = 1 / (z * np.tan(fov * DEGREE / 2))
     return np.stack([x * scale, -y * scale, z], -1)
 
-# %% ../nbs/02a_viewer.ipynb #e5895be9
+# %% ../nbs/02a_viewer.ipynb #8bb30b17
 def portrait(
     vertices,  # (V,3) metres
 ):
@@ -155,7 +155,7 @@ def portrait(
     distance = .56 * (high - low)[:2].max() / np.tan(FOV * DEGREE / 2) + (high - middle)[2]
     return [*middle[:2].tolist(), float(middle[2] + distance), *middle.tolist(), 0., 1., 0.]
 
-# %% ../nbs/02a_viewer.ipynb #a0a22cce
+# %% ../nbs/02a_viewer.ipynb #c86a914c
 STUDIO = torch.zeros(1, 9, 3)
 STUDIO[:, [0, 2, 3]] = torch.tensor([[2.5], [.15], [.35]])
 
@@ -169,7 +169,7 @@ def skin(self: Face,
     grid = interpolate(fragments, uv_to_grid(torch.from_numpy(self.head.uv)), torch.from_numpy(self.head.uv_faces))
     return sample_uv(torch.from_numpy(texture).permute(2, 0, 1)[None] / 255, grid)
 
-# %% ../nbs/02a_viewer.ipynb #a6291d97
+# %% ../nbs/02a_viewer.ipynb #97cdbb9f
 @patch
 def picture(self: Face,
     size=512,  # side of the square picture, pixels
@@ -184,7 +184,7 @@ def picture(self: Face,
     colour = avg_pool2d(torch.where(fragments.mask[:, None], colour.clamp(0, 1), 1), 2)
     return (colour[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #2087a7bb
+# %% ../nbs/02a_viewer.ipynb #ac0678d6
 def split_seams(
     faces,  # (F,3) vertex at each corner
     uv_faces,  # (F,3) texture coordinate at each corner
@@ -194,7 +194,7 @@ def split_seams(
     pairs, corners = np.unique(pairs, axis=0, return_inverse=True)
     return pairs[:, 0], pairs[:, 1], corners.reshape(np.shape(faces)).astype(np.uint32)
 
-# %% ../nbs/02a_viewer.ipynb #81478b12
+# %% ../nbs/02a_viewer.ipynb #a825b3bc
 def png(
     picture,  # (H,W,3) uint8 RGB
 ):
@@ -212,7 +212,7 @@ def glb(self: Face):
     visual = trimesh.visual.TextureVisuals(self.head.uv[uv_of], skin)
     return trimesh.Trimesh(self.vertices()[vertex_of], triangles, visual=visual, process=False).export(file_type="glb")
 
-# %% ../nbs/02a_viewer.ipynb #dc8de8e5
+# %% ../nbs/02a_viewer.ipynb #d189e1a3
 def obj_lines(
     key,  # first word of each line
     array,  # (N,C) numbers, or texts for form "%s"
@@ -233,7 +233,7 @@ def obj(self: Face,
     skin = f"newmtl skin\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {name}_albedo.png\n"
     return {f"{name}_albedo.png": png(texture), f"{name}.mtl": skin.encode(), f"{name}.obj": mesh.encode()}
 
-# %% ../nbs/02a_viewer.ipynb #161c5215
+# %% ../nbs/02a_viewer.ipynb #81989e33
 @patch
 def files(self: Face,
     path,  # Path with one of the endings .png, .obj, .glb
@@ -246,7 +246,7 @@ def files(self: Face,
     if not re.fullmatch(r"[\w.-]+", path.stem): raise EmocaError(f"{path.name!r}: an OBJ file names its material; use letters, digits, - and _ only")
     return self.obj(path.stem)
 
-# %% ../nbs/02a_viewer.ipynb #eb6cdc26
+# %% ../nbs/02a_viewer.ipynb #0b1d4f30
 @patch
 def save(self: Face,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -261,7 +261,7 @@ def save(self: Face,
         except (OSError, ValueError) as e: raise EmocaError(f"cannot write {path.with_name(name)}: {e}") from e
     return path
 
-# %% ../nbs/02a_viewer.ipynb #fbaa59aa
+# %% ../nbs/02a_viewer.ipynb #e5d367db
 @dataclass(frozen=True)
 class Control:
     "A slider: which entry of which code it moves, and between which values"
@@ -272,7 +272,7 @@ class Control:
     high: float  # largest value, in the slider's unit
     unit: float = 1.0  # code value of one slider unit: pi/180 where the slider shows degrees
 
-# %% ../nbs/02a_viewer.ipynb #195a65bf
+# %% ../nbs/02a_viewer.ipynb #9a3d36f9
 POSE = [Control("jaw", 0, "jaw open", 0, 30, DEGREE), Control("jaw", 1, "jaw left", -10, 10, DEGREE),
         Control("gaze", 0, "look up", -25, 25, DEGREE), Control("gaze", 1, "look left", -35, 35, DEGREE),
         Control("neck", 0, "nod", -25, 25, DEGREE), Control("neck", 1, "turn left", -45, 45, DEGREE), Control("neck", 2, "tilt", -25, 25, DEGREE)]
@@ -284,7 +284,7 @@ def words(
     "A unit's name in words"
     return re.sub(r"([A-Z])", lambda m: " " + m[1].lower(), name)
 
-# %% ../nbs/02a_viewer.ipynb #b16ab8a3
+# %% ../nbs/02a_viewer.ipynb #1dffcf55
 def panels(
     face,  # Face
     shown=10,  # how many components of a space without names get a slider
@@ -296,7 +296,7 @@ def panels(
     every = (units if names else dict(Expression=space("expression"))) | dict(Pose=POSE, Shape=space("identity"), Skin=space("albedo"))
     return {title: controls for title, controls in every.items() if controls}
 
-# %% ../nbs/02a_viewer.ipynb #b780c43f
+# %% ../nbs/02a_viewer.ipynb #15d6cff4
 def scene(
     face,  # Face
     height=520,  # of the picture, pixels
@@ -314,7 +314,7 @@ def scene(
     plot.camera, plot.layout = portrait(vertices), W.Layout(flex="1 1 0", min_width="320px")
     return plot, mesh, vertex_of
 
-# %% ../nbs/02a_viewer.ipynb #d8b4fe3e
+# %% ../nbs/02a_viewer.ipynb #85f7ac72
 class HeadViewer(W.HBox):
     "A head that turns under the mouse, beside the sliders of its codes"
     def __init__(self,
@@ -328,7 +328,7 @@ class HeadViewer(W.HBox):
         super().__init__(layout=W.Layout(width="100%", align_items="flex-start"))
         self.children = [self.plot, self.desk()]
 
-# %% ../nbs/02a_viewer.ipynb #191272a5
+# %% ../nbs/02a_viewer.ipynb #35b8b22f
 FRAME = 1 / 30  # seconds
 
 @patch
@@ -341,7 +341,7 @@ def draw(self: HeadViewer):
         self.vertices = self.face.vertices()
         self.mesh.vertices = self.vertices[self.vertex_of]
 
-# %% ../nbs/02a_viewer.ipynb #1e0db23d
+# %% ../nbs/02a_viewer.ipynb #7291dba2
 @patch
 def refresh(self: HeadViewer,
     *codes,  # names of the codes that have changed
@@ -354,7 +354,7 @@ def refresh(self: HeadViewer,
     if wait <= 0 or loop is None: self.draw()
     elif self.pending is None: self.pending = loop.call_later(wait, self.draw)
 
-# %% ../nbs/02a_viewer.ipynb #7e113cca
+# %% ../nbs/02a_viewer.ipynb #089d5e6f
 @patch
 def slider(self: HeadViewer,
     control,  # Control
@@ -370,7 +370,7 @@ def slider(self: HeadViewer,
     self.sliders[control.code, control.index] = s, control
     return s
 
-# %% ../nbs/02a_viewer.ipynb #99aad7b8
+# %% ../nbs/02a_viewer.ipynb #4d04c08d
 @patch
 def slider_panels(self: HeadViewer):
     "The panels of sliders, one shown at a time"
@@ -380,7 +380,7 @@ def slider_panels(self: HeadViewer):
     W.jslink((choice, "index"), (stack, "selected_index"))
     return W.VBox([choice, stack])
 
-# %% ../nbs/02a_viewer.ipynb #fe76883d
+# %% ../nbs/02a_viewer.ipynb #95919c8f
 @patch
 def set(self: HeadViewer,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -397,7 +397,7 @@ def set(self: HeadViewer,
     self.refresh(*(name for name in after if after[name] is not before[name]))
     return self
 
-# %% ../nbs/02a_viewer.ipynb #0b4db6d7
+# %% ../nbs/02a_viewer.ipynb #3c142969
 @patch
 def reset(self: HeadViewer):
     "Back to the neutral, average face"
@@ -412,7 +412,7 @@ def another(self: HeadViewer,
     rng = np.random.default_rng() if rng is None else rng
     return self.set(**{name: rng.normal(0, .8, len(self.face.codes[name])) for name in ("identity", "albedo")})
 
-# %% ../nbs/02a_viewer.ipynb #16b00457
+# %% ../nbs/02a_viewer.ipynb #4de2e2d7
 @patch
 def emotion_buttons(self: HeadViewer):
     "A button for each emotion, and a slider for how strong it is"
@@ -425,7 +425,7 @@ def emotion_buttons(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.GridBox(buttons, layout=W.Layout(grid_template_columns="repeat(4, 1fr)")), strength])
 
-# %% ../nbs/02a_viewer.ipynb #7726f0c1
+# %% ../nbs/02a_viewer.ipynb #af0d4b4c
 @patch
 def save(self: HeadViewer,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -444,7 +444,7 @@ def file_row(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.HBox([name, *buttons]), said])
 
-# %% ../nbs/02a_viewer.ipynb #c1f3054a
+# %% ../nbs/02a_viewer.ipynb #dd226866
 @patch
 def desk(self: HeadViewer):
     "All controls: emotions, one panel of sliders at a time, files"
@@ -454,7 +454,7 @@ def desk(self: HeadViewer):
     emotions = [self.emotion_buttons()] if self.face.head.expression_names else []
     return W.VBox([*emotions, self.slider_panels(), W.HBox([reset, another]), self.file_row()], layout=W.Layout(flex="0 0 430px", width="430px"))
 
-# %% ../nbs/02a_viewer.ipynb #f8242c28
+# %% ../nbs/02a_viewer.ipynb #f5f3c439
 @patch
 def _repr_mimebundle_(self: HeadViewer, **kwargs):
     still = base64.b64encode(png(self.face.picture(256, self.plot.camera))).decode()
