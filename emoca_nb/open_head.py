@@ -6,14 +6,14 @@
 __all__ = ['EXPRESSION_UNITS', 'UNITS', 'JAW_OPEN', 'EMOTIONS', 'PROTOTYPES', 'sided', 'unit_codes', 'emotion_codes',
            'skin_codes']
 
-# %% ../nbs/01a_open_head.ipynb #19d89606
+# %% ../nbs/01a_open_head.ipynb #4795a9cf
 import difflib, math
 import numpy as np, torch
 from torch import Tensor
 from .core import EmocaError
 from .flame import open_head_path
 
-# %% ../nbs/01a_open_head.ipynb #f10a246d
+# %% ../nbs/01a_open_head.ipynb #5257637b
 EXPRESSION_UNITS = tuple("""browDownLeft browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft cheekSquintRight
     eyeBlinkLeft eyeBlinkRight eyeLookDownLeft eyeLookDownRight eyeLookInLeft eyeLookInRight eyeLookOutLeft eyeLookOutRight eyeLookUpLeft eyeLookUpRight
     eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight jawForward jawLeft jawRight mouthClose mouthDimpleLeft mouthDimpleRight mouthFrownLeft mouthFrownRight
@@ -23,7 +23,7 @@ EXPRESSION_UNITS = tuple("""browDownLeft browDownRight browInnerUp browOuterUpLe
 UNITS = tuple(sorted((*EXPRESSION_UNITS, "jawOpen")))
 JAW_OPEN = math.radians(18.4)
 
-# %% ../nbs/01a_open_head.ipynb #62de1957
+# %% ../nbs/01a_open_head.ipynb #d845f811
 def sided(
     name: str,  # a unit, or a unit without Left/Right
 ) -> list[str]:  # the units it stands for
@@ -47,7 +47,7 @@ def unit_codes(
     if exp[n_exp:].any(): raise EmocaError(f"{EXPRESSION_UNITS[n_exp]} is expression component {n_exp + 1}: load the layer with n_exp=51 and pass n_exp=51 here.")
     return dict(exp=exp[:n_exp], pose=pose)
 
-# %% ../nbs/01a_open_head.ipynb #b951cf0e
+# %% ../nbs/01a_open_head.ipynb #0d92d142
 EMOTIONS = ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Anger", "Contempt")
 PROTOTYPES = dict(
     Neutral=[dict(), dict(eyeBlink=.08, mouthPress=.1), dict(browInnerUp=.08, mouthShrugLower=.08)],
@@ -73,7 +73,7 @@ PROTOTYPES = dict(
               dict(mouthSmileRight=.8, mouthDimpleRight=1, mouthPressRight=.6, mouthRight=.2, cheekSquintRight=.3, eyeSquint=.2, browOuterUpLeft=.3),
               dict(mouthSmileLeft=.5, mouthUpperUpLeft=.6, mouthDimpleLeft=.8, noseSneerLeft=.5, browDownLeft=.3, browOuterUpRight=.5, eyeSquintLeft=.3)])
 
-# %% ../nbs/01a_open_head.ipynb #61e0d652
+# %% ../nbs/01a_open_head.ipynb #a2313f37
 def emotion_codes(
     emotion: str,           # one of EMOTIONS
     intensity: float = 1.,  # 0 = neutral, 1 = the full prototype
@@ -84,7 +84,7 @@ def emotion_codes(
     if not 0 <= variant < len(PROTOTYPES[emotion]): raise EmocaError(f"{emotion} has variants 0 to {len(PROTOTYPES[emotion]) - 1}, not {variant}.")
     return unit_codes({unit: weight * intensity for unit, weight in PROTOTYPES[emotion][variant].items()})
 
-# %% ../nbs/01a_open_head.ipynb #fbbaa497
+# %% ../nbs/01a_open_head.ipynb #6905bf30
 def skin_codes(
     n: int,                                    # how many
     generator: torch.Generator | None = None,  # the source of randomness

@@ -6,7 +6,7 @@
 __all__ = ['FOV', 'DEGREE', 'STUDIO', 'POSE', 'REGIONS', 'FRAME', 'Face', 'one_thread', 'view_axes', 'perspective', 'portrait',
            'split_seams', 'png', 'obj_lines', 'Control', 'words', 'panels', 'scene', 'HeadViewer']
 
-# %% ../nbs/02a_viewer.ipynb #5616c2ec
+# %% ../nbs/02a_viewer.ipynb #704bc349
 import asyncio, base64, html, io, re, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from torch.nn.functional import avg_pool2d
 
 from .core import EmocaError, atomic_write
 from .flame import FLAME
-from .open_head import EMOTIONS, emotion_codes, sided, unit_codes
+from .open_head import EMOTIONS, emotion_codes, sided, unit_codes, skin_codes
 from .renderer import interpolate, rasterize, sample_uv, shade_sh, uv_to_grid, vertex_normals
 
-# %% ../nbs/02a_viewer.ipynb #cbc6cb98
+# %% ../nbs/02a_viewer.ipynb #d6774096
 class Face:
     "A head layer and the codes of one face"
     def __init__(self,
@@ -38,7 +38,7 @@ class Face:
         sizes = dict(expression=self.flame.n_exp, jaw=3, neck=3, gaze=2, identity=self.flame.n_shape, albedo=len(self.head.albedo.scale) if painted else 0)
         self.codes = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
 
-# %% ../nbs/02a_viewer.ipynb #466c92cd
+# %% ../nbs/02a_viewer.ipynb #a4bcadc7
 @contextmanager
 def one_thread():
     "Within this context torch computes on one thread"
@@ -47,7 +47,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02a_viewer.ipynb #4b15bd75
+# %% ../nbs/02a_viewer.ipynb #b7f50c15
 @patch
 def vertices(self: Face):
     "The vertices of the present codes: (V,3) float32, metres"
@@ -58,7 +58,7 @@ def vertices(self: Face):
     with torch.inference_mode(), one_thread():
         return self.flame(c["identity"], c["expression"], pose, torch.cat([eye, eye], -1), c["neck"]).vertices[0].numpy()
 
-# %% ../nbs/02a_viewer.ipynb #2648ba8a
+# %% ../nbs/02a_viewer.ipynb #a030e2cb
 @patch
 def texture(self: Face):
     "The albedo map of the present codes: (H,H,3) uint8 RGB; None where the head has none"
@@ -66,7 +66,7 @@ def texture(self: Face):
     with torch.inference_mode(), one_thread(): albedo = self.head.albedo.albedo(torch.from_numpy(self.codes["albedo"])[None])[0]
     return (albedo.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #c17a30fa
+# %% ../nbs/02a_viewer.ipynb #5b45dae6
 @patch
 def vector(self: Face,
     name,  # of a code
@@ -79,7 +79,7 @@ def vector(self: Face,
     if not np.isfinite(value).all(): raise ValueError(f"{name} holds a number that is not finite")
     return np.pad(value, (0, size - len(value)))
 
-# %% ../nbs/02a_viewer.ipynb #b6e00d2c
+# %% ../nbs/02a_viewer.ipynb #23af5763
 @patch
 def unit_vectors(self: Face,
     units,  # dict: name of a unit -> value, usually 0..1
@@ -94,7 +94,7 @@ def unit_vectors(self: Face,
         else: raise ValueError(f"{unit} is not among the first {len(expression)} components of {self.head.name}, which this layer was loaded with")
     return dict(expression=expression, jaw=jaw)
 
-# %% ../nbs/02a_viewer.ipynb #55efaad7
+# %% ../nbs/02a_viewer.ipynb #a39cd40d
 @patch
 def emotion_vectors(self: Face,
     emotion,  # one of EMOTIONS
@@ -105,7 +105,7 @@ def emotion_vectors(self: Face,
     codes = emotion_codes(emotion, intensity)
     return dict(expression=codes["exp"], jaw=codes["pose"][3:])
 
-# %% ../nbs/02a_viewer.ipynb #c26d94e2
+# %% ../nbs/02a_viewer.ipynb #766c6268
 @patch
 def set(self: Face,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -119,7 +119,7 @@ def set(self: Face,
     self.codes |= {name: self.vector(name, value) for name, value in codes.items()}
     return self
 
-# %% ../nbs/02a_viewer.ipynb #2e05b72e
+# %% ../nbs/02a_viewer.ipynb #6c8200d5
 FOV = 22.  # opening angle from top to bottom, degrees: narrow, as a portrait photographer likes it
 DEGREE = np.pi / 180
 
@@ -133,7 +133,7 @@ def view_axes(
     right /= np.linalg.norm(right)
     return np.stack([right, np.cross(right, forward), forward])
 
-# %% ../nbs/02a_viewer.ipynb #b88f1e1e
+# %% ../nbs/02a_viewer.ipynb #3320d65b
 def perspective(
     points,  # (N,3) metres
     camera,  # (9,) position, target, up
@@ -145,7 +145,7 @@ def perspective(
     scale = 1 / (z * np.tan(fov * DEGREE / 2))
     return np.stack([x * scale, -y * scale, z], -1)
 
-# %% ../nbs/02a_viewer.ipynb #8bb30b17
+# %% ../nbs/02a_viewer.ipynb #19d0eaa4
 def portrait(
     vertices,  # (V,3) metres
 ):
@@ -155,7 +155,7 @@ def portrait(
     distance = .56 * (high - low)[:2].max() / np.tan(FOV * DEGREE / 2) + (high - middle)[2]
     return [*middle[:2].tolist(), float(middle[2] + distance), *middle.tolist(), 0., 1., 0.]
 
-# %% ../nbs/02a_viewer.ipynb #c86a914c
+# %% ../nbs/02a_viewer.ipynb #323e29aa
 STUDIO = torch.zeros(1, 9, 3)
 STUDIO[:, [0, 2, 3]] = torch.tensor([[2.5], [.15], [.35]])
 
@@ -169,7 +169,7 @@ def skin(self: Face,
     grid = interpolate(fragments, uv_to_grid(torch.from_numpy(self.head.uv)), torch.from_numpy(self.head.uv_faces))
     return sample_uv(torch.from_numpy(texture).permute(2, 0, 1)[None] / 255, grid)
 
-# %% ../nbs/02a_viewer.ipynb #97cdbb9f
+# %% ../nbs/02a_viewer.ipynb #cd147848
 @patch
 def picture(self: Face,
     size=512,  # side of the square picture, pixels
@@ -184,7 +184,7 @@ def picture(self: Face,
     colour = avg_pool2d(torch.where(fragments.mask[:, None], colour.clamp(0, 1), 1), 2)
     return (colour[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #ac0678d6
+# %% ../nbs/02a_viewer.ipynb #dbba459d
 def split_seams(
     faces,  # (F,3) vertex at each corner
     uv_faces,  # (F,3) texture coordinate at each corner
@@ -194,7 +194,7 @@ def split_seams(
     pairs, corners = np.unique(pairs, axis=0, return_inverse=True)
     return pairs[:, 0], pairs[:, 1], corners.reshape(np.shape(faces)).astype(np.uint32)
 
-# %% ../nbs/02a_viewer.ipynb #a825b3bc
+# %% ../nbs/02a_viewer.ipynb #783b1da6
 def png(
     picture,  # (H,W,3) uint8 RGB
 ):
@@ -212,7 +212,7 @@ def glb(self: Face):
     visual = trimesh.visual.TextureVisuals(self.head.uv[uv_of], skin)
     return trimesh.Trimesh(self.vertices()[vertex_of], triangles, visual=visual, process=False).export(file_type="glb")
 
-# %% ../nbs/02a_viewer.ipynb #d189e1a3
+# %% ../nbs/02a_viewer.ipynb #b0c7d47c
 def obj_lines(
     key,  # first word of each line
     array,  # (N,C) numbers, or texts for form "%s"
@@ -233,7 +233,7 @@ def obj(self: Face,
     skin = f"newmtl skin\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {name}_albedo.png\n"
     return {f"{name}_albedo.png": png(texture), f"{name}.mtl": skin.encode(), f"{name}.obj": mesh.encode()}
 
-# %% ../nbs/02a_viewer.ipynb #81989e33
+# %% ../nbs/02a_viewer.ipynb #1f667f26
 @patch
 def files(self: Face,
     path,  # Path with one of the endings .png, .obj, .glb
@@ -246,7 +246,7 @@ def files(self: Face,
     if not re.fullmatch(r"[\w.-]+", path.stem): raise EmocaError(f"{path.name!r}: an OBJ file names its material; use letters, digits, - and _ only")
     return self.obj(path.stem)
 
-# %% ../nbs/02a_viewer.ipynb #0b1d4f30
+# %% ../nbs/02a_viewer.ipynb #f1ffb03d
 @patch
 def save(self: Face,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -261,7 +261,7 @@ def save(self: Face,
         except (OSError, ValueError) as e: raise EmocaError(f"cannot write {path.with_name(name)}: {e}") from e
     return path
 
-# %% ../nbs/02a_viewer.ipynb #e5d367db
+# %% ../nbs/02a_viewer.ipynb #dd632fcd
 @dataclass(frozen=True)
 class Control:
     "A slider: which entry of which code it moves, and between which values"
@@ -272,7 +272,7 @@ class Control:
     high: float  # largest value, in the slider's unit
     unit: float = 1.0  # code value of one slider unit: pi/180 where the slider shows degrees
 
-# %% ../nbs/02a_viewer.ipynb #9a3d36f9
+# %% ../nbs/02a_viewer.ipynb #f813ecde
 POSE = [Control("jaw", 0, "jaw open", 0, 30, DEGREE), Control("jaw", 1, "jaw left", -10, 10, DEGREE),
         Control("gaze", 0, "look up", -25, 25, DEGREE), Control("gaze", 1, "look left", -35, 35, DEGREE),
         Control("neck", 0, "nod", -25, 25, DEGREE), Control("neck", 1, "turn left", -45, 45, DEGREE), Control("neck", 2, "tilt", -25, 25, DEGREE)]
@@ -284,7 +284,7 @@ def words(
     "A unit's name in words"
     return re.sub(r"([A-Z])", lambda m: " " + m[1].lower(), name)
 
-# %% ../nbs/02a_viewer.ipynb #1dffcf55
+# %% ../nbs/02a_viewer.ipynb #0cae830b
 def panels(
     face,  # Face
     shown=10,  # how many components of a space without names get a slider
@@ -296,7 +296,7 @@ def panels(
     every = (units if names else dict(Expression=space("expression"))) | dict(Pose=POSE, Shape=space("identity"), Skin=space("albedo"))
     return {title: controls for title, controls in every.items() if controls}
 
-# %% ../nbs/02a_viewer.ipynb #15d6cff4
+# %% ../nbs/02a_viewer.ipynb #4787d2a6
 def scene(
     face,  # Face
     height=520,  # of the picture, pixels
@@ -314,7 +314,7 @@ def scene(
     plot.camera, plot.layout = portrait(vertices), W.Layout(flex="1 1 0", min_width="320px")
     return plot, mesh, vertex_of
 
-# %% ../nbs/02a_viewer.ipynb #85f7ac72
+# %% ../nbs/02a_viewer.ipynb #4c31b1d8
 class HeadViewer(W.HBox):
     "A head that turns under the mouse, beside the sliders of its codes"
     def __init__(self,
@@ -328,7 +328,7 @@ class HeadViewer(W.HBox):
         super().__init__(layout=W.Layout(width="100%", align_items="flex-start"))
         self.children = [self.plot, self.desk()]
 
-# %% ../nbs/02a_viewer.ipynb #35b8b22f
+# %% ../nbs/02a_viewer.ipynb #bc855dc1
 FRAME = 1 / 30  # seconds
 
 @patch
@@ -341,7 +341,7 @@ def draw(self: HeadViewer):
         self.vertices = self.face.vertices()
         self.mesh.vertices = self.vertices[self.vertex_of]
 
-# %% ../nbs/02a_viewer.ipynb #7291dba2
+# %% ../nbs/02a_viewer.ipynb #10005161
 @patch
 def refresh(self: HeadViewer,
     *codes,  # names of the codes that have changed
@@ -354,7 +354,7 @@ def refresh(self: HeadViewer,
     if wait <= 0 or loop is None: self.draw()
     elif self.pending is None: self.pending = loop.call_later(wait, self.draw)
 
-# %% ../nbs/02a_viewer.ipynb #089d5e6f
+# %% ../nbs/02a_viewer.ipynb #780e8131
 @patch
 def slider(self: HeadViewer,
     control,  # Control
@@ -370,7 +370,7 @@ def slider(self: HeadViewer,
     self.sliders[control.code, control.index] = s, control
     return s
 
-# %% ../nbs/02a_viewer.ipynb #4d04c08d
+# %% ../nbs/02a_viewer.ipynb #c3c6c1dd
 @patch
 def slider_panels(self: HeadViewer):
     "The panels of sliders, one shown at a time"
@@ -380,7 +380,7 @@ def slider_panels(self: HeadViewer):
     W.jslink((choice, "index"), (stack, "selected_index"))
     return W.VBox([choice, stack])
 
-# %% ../nbs/02a_viewer.ipynb #95919c8f
+# %% ../nbs/02a_viewer.ipynb #586711b8
 @patch
 def set(self: HeadViewer,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -397,7 +397,7 @@ def set(self: HeadViewer,
     self.refresh(*(name for name in after if after[name] is not before[name]))
     return self
 
-# %% ../nbs/02a_viewer.ipynb #3c142969
+# %% ../nbs/02a_viewer.ipynb #26a5aedc
 @patch
 def reset(self: HeadViewer):
     "Back to the neutral, average face"
@@ -410,9 +410,11 @@ def another(self: HeadViewer,
 ):
     "Another person with the same expression: identity and albedo at random"
     rng = np.random.default_rng() if rng is None else rng
-    return self.set(**{name: rng.normal(0, .8, len(self.face.codes[name])) for name in ("identity", "albedo")})
+    codes = {name: rng.normal(0, .8, len(self.face.codes[name])) for name in ("identity", "albedo")}
+    if self.face.head.name == "open_head": codes["albedo"] = skin_codes(1, torch.Generator().manual_seed(int(rng.integers(1 << 31))))[0]
+    return self.set(**codes)
 
-# %% ../nbs/02a_viewer.ipynb #4de2e2d7
+# %% ../nbs/02a_viewer.ipynb #a465f548
 @patch
 def emotion_buttons(self: HeadViewer):
     "A button for each emotion, and a slider for how strong it is"
@@ -425,7 +427,7 @@ def emotion_buttons(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.GridBox(buttons, layout=W.Layout(grid_template_columns="repeat(4, 1fr)")), strength])
 
-# %% ../nbs/02a_viewer.ipynb #af0d4b4c
+# %% ../nbs/02a_viewer.ipynb #e35bec86
 @patch
 def save(self: HeadViewer,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -444,7 +446,7 @@ def file_row(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.HBox([name, *buttons]), said])
 
-# %% ../nbs/02a_viewer.ipynb #dd226866
+# %% ../nbs/02a_viewer.ipynb #317e8157
 @patch
 def desk(self: HeadViewer):
     "All controls: emotions, one panel of sliders at a time, files"
@@ -454,7 +456,7 @@ def desk(self: HeadViewer):
     emotions = [self.emotion_buttons()] if self.face.head.expression_names else []
     return W.VBox([*emotions, self.slider_panels(), W.HBox([reset, another]), self.file_row()], layout=W.Layout(flex="0 0 430px", width="430px"))
 
-# %% ../nbs/02a_viewer.ipynb #f5f3c439
+# %% ../nbs/02a_viewer.ipynb #c7353f10
 @patch
 def _repr_mimebundle_(self: HeadViewer, **kwargs):
     still = base64.b64encode(png(self.face.picture(256, self.plot.camera))).decode()
