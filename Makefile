@@ -33,6 +33,7 @@ export: .venv/.ready    ## clean the notebooks, write emoca_nb/*.py and README.m
 
 bench: .venv/.ready    ## run the benchmarks, tables to reports/benchmarks; PROFILE=gpu on a GPU
 	@mkdir -p reports/runs
+	@$(foreach nb,$(BENCHMARKS),$(if $(wildcard nbs/profiles/$(basename $(patsubst nbs/%,%,$(nb)))/$(PROFILE).yaml),,echo "$(nb) has no profile $(PROFILE): its own values are used" &&)) true
 	@$(foreach nb,$(BENCHMARKS),$(PAPERMILL) $(nb) reports/runs/$(notdir $(nb)) $(addprefix -f ,$(wildcard nbs/profiles/$(basename $(patsubst nbs/%,%,$(nb)))/$(PROFILE).yaml)) &&) true
 
 clean:    ## remove the environment, caches and built pages; data/ and reports/ stay

@@ -6,14 +6,14 @@
 __all__ = ['EXPRESSION_UNITS', 'UNITS', 'JAW_OPEN', 'EMOTIONS', 'PROTOTYPES', 'sided', 'unit_codes', 'emotion_codes',
            'skin_codes']
 
-# %% ../nbs/01a_open_head.ipynb #4795a9cf
+# %% ../nbs/01a_open_head.ipynb #5fc61dde
 import difflib, math
 import numpy as np, torch
 from torch import Tensor
 from .core import EmocaError
 from .flame import open_head_path
 
-# %% ../nbs/01a_open_head.ipynb #5257637b
+# %% ../nbs/01a_open_head.ipynb #a6fa21c8
 EXPRESSION_UNITS = tuple("""browDownLeft browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft cheekSquintRight
     eyeBlinkLeft eyeBlinkRight eyeLookDownLeft eyeLookDownRight eyeLookInLeft eyeLookInRight eyeLookOutLeft eyeLookOutRight eyeLookUpLeft eyeLookUpRight
     eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight jawForward jawLeft jawRight mouthClose mouthDimpleLeft mouthDimpleRight mouthFrownLeft mouthFrownRight
@@ -23,7 +23,7 @@ EXPRESSION_UNITS = tuple("""browDownLeft browDownRight browInnerUp browOuterUpLe
 UNITS = tuple(sorted((*EXPRESSION_UNITS, "jawOpen")))
 JAW_OPEN = math.radians(18.4)
 
-# %% ../nbs/01a_open_head.ipynb #d845f811
+# %% ../nbs/01a_open_head.ipynb #0b62d8d8
 def sided(
     name: str,  # a unit, or a unit without Left/Right
 ) -> list[str]:  # the units it stands for
@@ -39,6 +39,7 @@ def unit_codes(
     **units: float,               # the same as keywords
 ) -> dict[str, Tensor]:           # exp (n_exp,), pose (6,) = [global | jaw] in radians
     "Expression and jaw codes of named face units."
+    if not 0 < n_exp <= len(EXPRESSION_UNITS): raise EmocaError(f"n_exp={n_exp}: the open head has 1 to {len(EXPRESSION_UNITS)} expression components.")
     exp, pose = torch.zeros(len(EXPRESSION_UNITS)), torch.zeros(6)
     for name, weight in {**(weights or {}), **units}.items():
         for unit in sided(name):
@@ -47,7 +48,7 @@ def unit_codes(
     if exp[n_exp:].any(): raise EmocaError(f"{EXPRESSION_UNITS[n_exp]} is expression component {n_exp + 1}: load the layer with n_exp=51 and pass n_exp=51 here.")
     return dict(exp=exp[:n_exp], pose=pose)
 
-# %% ../nbs/01a_open_head.ipynb #0d92d142
+# %% ../nbs/01a_open_head.ipynb #9a04f2a8
 EMOTIONS = ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Anger", "Contempt")
 PROTOTYPES = dict(
     Neutral=[dict(), dict(eyeBlink=.08, mouthPress=.1), dict(browInnerUp=.08, mouthShrugLower=.08)],
@@ -73,7 +74,7 @@ PROTOTYPES = dict(
               dict(mouthSmileRight=.8, mouthDimpleRight=1, mouthPressRight=.6, mouthRight=.2, cheekSquintRight=.3, eyeSquint=.2, browOuterUpLeft=.3),
               dict(mouthSmileLeft=.5, mouthUpperUpLeft=.6, mouthDimpleLeft=.8, noseSneerLeft=.5, browDownLeft=.3, browOuterUpRight=.5, eyeSquintLeft=.3)])
 
-# %% ../nbs/01a_open_head.ipynb #a2313f37
+# %% ../nbs/01a_open_head.ipynb #ceda9ffe
 def emotion_codes(
     emotion: str,           # one of EMOTIONS
     intensity: float = 1.,  # 0 = neutral, 1 = the full prototype
@@ -84,7 +85,7 @@ def emotion_codes(
     if not 0 <= variant < len(PROTOTYPES[emotion]): raise EmocaError(f"{emotion} has variants 0 to {len(PROTOTYPES[emotion]) - 1}, not {variant}.")
     return unit_codes({unit: weight * intensity for unit, weight in PROTOTYPES[emotion][variant].items()})
 
-# %% ../nbs/01a_open_head.ipynb #6905bf30
+# %% ../nbs/01a_open_head.ipynb #55df1c43
 def skin_codes(
     n: int,                                    # how many
     generator: torch.Generator | None = None,  # the source of randomness

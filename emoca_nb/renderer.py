@@ -7,7 +7,7 @@ __all__ = ['GREY', 'project', 'vertex_normals', 'faces_camera', 'sh_basis', 'sha
            'shape_preview', 'overlay', 'uv_fragments', 'bake_uv', 'extract_texture', 'grid_faces', 'detail_normals',
            'Rendering', 'HeadRenderer', 'Fragments', 'interpolate', 'rasterize']
 
-# %% ../nbs/02_renderer.ipynb #af14b8af
+# %% ../nbs/02_renderer.ipynb #f0ec7720
 import math
 from dataclasses import dataclass
 import torch
@@ -19,7 +19,7 @@ from .rasterizer import Fragments, interpolate, rasterize
 
 _all_ = ["Fragments", "interpolate", "rasterize"]
 
-# %% ../nbs/02_renderer.ipynb #59fb33e4
+# %% ../nbs/02_renderer.ipynb #82dcfa11
 def project(
     points: Tensor,  # (B,N,3) metres; x right, y up, z towards the viewer
     cam: Tensor,  # (B,3) scale, and translation in x and y in metres
@@ -28,7 +28,7 @@ def project(
     moved = points + F.pad(cam[:, 1:], (0, 1))[:, None]
     return moved * cam[:, :1, None] * points.new_tensor([1, -1, -1])
 
-# %% ../nbs/02_renderer.ipynb #4badc084
+# %% ../nbs/02_renderer.ipynb #da2e7005
 def vertex_normals(
     vertices: Tensor,  # (B,V,3)
     faces: Tensor,  # (F,3) anticlockwise seen from outside
@@ -40,7 +40,7 @@ def vertex_normals(
     for corner in faces.unbind(1): total = total.index_add(1, corner, area)
     return F.normalize(total, dim=-1, eps=1e-6)
 
-# %% ../nbs/02_renderer.ipynb #a0353182
+# %% ../nbs/02_renderer.ipynb #11c304ee
 def faces_camera(
     normals: Tensor,  # (...,3) unit, of *projected* vertices
     limit: float = 0.1,  # largest z: 0.1 for landmarks, -0.05 for texture, 0.15 for previews
@@ -48,7 +48,7 @@ def faces_camera(
     "Whether points face the camera."
     return normals[..., 2] < limit
 
-# %% ../nbs/02_renderer.ipynb #b586c9e7
+# %% ../nbs/02_renderer.ipynb #1f44d31a
 _SH = (
     1 / math.sqrt(4 * math.pi),
     2 * math.pi / 3 * math.sqrt(3 / (4 * math.pi)),
@@ -66,7 +66,7 @@ def sh_basis(
     terms = [c0 * torch.ones_like(x), c1 * x, c1 * y, c1 * z, c2 * x * y, c2 * x * z, c2 * y * z, c2 / 2 * (x**2 - y**2), c3 / 2 * (3 * z**2 - 1)]
     return torch.stack(terms, 1)
 
-# %% ../nbs/02_renderer.ipynb #5710a4e4
+# %% ../nbs/02_renderer.ipynb #57f61e10
 def shade_sh(
     normals: Tensor,  # (B,3,H,W) in world axes
     light: Tensor,  # (B,9,3)
@@ -74,7 +74,7 @@ def shade_sh(
     "Shading by spherical harmonics."
     return torch.einsum("bkhw,bkc->bchw", sh_basis(normals), light)
 
-# %% ../nbs/02_renderer.ipynb #f5176fd5
+# %% ../nbs/02_renderer.ipynb #ec48aae0
 def uv_to_grid(
     uv: Tensor,  # (T,2) in [0,1], v up
 ) -> Tensor:  # (T,2) in [-1,1], y down
@@ -89,7 +89,7 @@ def sample_uv(
     "Look a texture up at every pixel, bilinearly."
     return F.grid_sample(texture, rearrange(grid, "b c h w -> b h w c"), mode="bilinear", align_corners=False)
 
-# %% ../nbs/02_renderer.ipynb #642eb902
+# %% ../nbs/02_renderer.ipynb #7893b286
 GREY = 180 / 255
 _LIGHTS = F.normalize(torch.tensor([[-1.0, 1, 1], [1, 1, 1], [-1, -1, 1], [1, -1, 1], [0, 0, 1]]), dim=-1)
 
@@ -105,7 +105,7 @@ def shape_preview(
     shown = mask * faces_camera(camera_normals.movedim(1, -1), 0.15)[:, None]
     return (GREY * shading * shown).expand(-1, 3, -1, -1), shown
 
-# %% ../nbs/02_renderer.ipynb #165aefc6
+# %% ../nbs/02_renderer.ipynb #e76b6a3e
 def overlay(
     photo: Tensor,  # (B,3,H,W)
     picture: Tensor,  # (B,3,H,W)
@@ -115,7 +115,7 @@ def overlay(
     "A rendering over the photograph."
     return torch.lerp(photo, picture, mask * opacity)
 
-# %% ../nbs/02_renderer.ipynb #7d184d47
+# %% ../nbs/02_renderer.ipynb #64253010
 def uv_fragments(
     uv: Tensor,  # (T,2) in [0,1], v up
     uv_faces: Tensor,  # (F,3)
@@ -136,7 +136,7 @@ def bake_uv(
     fragments = Fragments(*(part.expand(len(attributes), *part.shape[1:]) for part in fragments))
     return interpolate(fragments, attributes, faces)
 
-# %% ../nbs/02_renderer.ipynb #1a39ce7a
+# %% ../nbs/02_renderer.ipynb #d846e6bf
 def extract_texture(
     photo: Tensor,  # (B,3,H,W)
     projected: Tensor,  # (B,V,3) from `project`
@@ -148,7 +148,7 @@ def extract_texture(
     normals = bake_uv(fragments, vertex_normals(projected, faces), faces)
     return sample_uv(photo, places[:, :2]), faces_camera(normals.movedim(1, -1), -0.05)[:, None].to(photo.dtype)
 
-# %% ../nbs/02_renderer.ipynb #ea956783
+# %% ../nbs/02_renderer.ipynb #beebcdd1
 def grid_faces(
     height: int,  # texels
     width: int,  # texels
@@ -160,7 +160,7 @@ def grid_faces(
     b, c, d = a + 1, a + width, a + width + 1
     return torch.cat([torch.stack([a, c, b], 1), torch.stack([b, c, d], 1)])
 
-# %% ../nbs/02_renderer.ipynb #73a108a1
+# %% ../nbs/02_renderer.ipynb #d84a0b52
 def detail_normals(
     displacement: Tensor,  # (B,1,h,w) metres along the normal
     vertices: Tensor,  # (B,V,3) coarse vertices, world axes
@@ -180,7 +180,7 @@ def detail_normals(
     fine = rearrange(fine, "b (h w) c -> b c h w", h=height)
     return torch.lerp(normals, fine, mask) if blend else fine
 
-# %% ../nbs/02_renderer.ipynb #c03bcbf4
+# %% ../nbs/02_renderer.ipynb #911a0ce2
 @dataclass(frozen=True)
 class Rendering:
     "A picture, and everything that was computed on the way."
@@ -196,14 +196,14 @@ class Rendering:
     depth: Tensor  # (B,1,H,W) in the picture's unit, away from the viewer
     vertices: Tensor  # (B,V,3) in the picture: x right, y down, [-1,1]
 
-# %% ../nbs/02_renderer.ipynb #63c0fa0b
+# %% ../nbs/02_renderer.ipynb #e43ca9d8
 def _masks(masks: dict, size: int) -> dict[str, Tensor]:
     "Masks (1,1,size,size) of the face and of the face with its eyes."
     full = torch.full((size, size), 255)
     pictures = {f"uv_{name}": torch.as_tensor(masks.get(name, full)).float() / 255 for name in ("face", "face_eye")}
     return {name: F.interpolate(mask[None, None], size=(size, size)) for name, mask in pictures.items()}
 
-# %% ../nbs/02_renderer.ipynb #b4f3b583
+# %% ../nbs/02_renderer.ipynb #7545e329
 class HeadRenderer(nn.Module):
     "Renders one head, any number of poses at a time."
 
@@ -225,14 +225,14 @@ class HeadRenderer(nn.Module):
         buffers |= {f"texel_{name}": part for name, part in uv_fragments(uv, uv_faces, uv_size, backend)._asdict().items()}
         for name, value in buffers.items(): self.register_buffer(name, value, persistent=False)
 
-# %% ../nbs/02_renderer.ipynb #c44b9f6f
+# %% ../nbs/02_renderer.ipynb #c690328f
 @patch(as_prop=True)
 def fragments(self: HeadRenderer) -> Fragments:
     "The head's texture space, (1,h,w)."
     if not self.textured: raise ValueError("this head has no texture coordinates; load one whose file has vt and ft (or uv, uv_faces)")
     return Fragments(self.texel_pix_to_face, self.texel_bary, self.texel_depth)
 
-# %% ../nbs/02_renderer.ipynb #569b44b1
+# %% ../nbs/02_renderer.ipynb #93e0b5de
 @patch
 def forward(
     self: HeadRenderer,
@@ -242,6 +242,8 @@ def forward(
     light: Tensor | None = None,  # (B,9,3) see `shade_sh`; None: plain albedo
 ) -> Rendering:
     "Render heads."
+    for name, part in dict(cam=cam, albedo=albedo, light=light).items():
+        if part is not None and len(part) not in (1, len(vertices)): raise ValueError(f"{name} for {len(part)} heads, but vertices of {len(vertices)}")
     projected = project(vertices, cam)
     seen = rasterize(projected, self.faces, self.size, self.backend)
     alpha = seen.mask[:, None].to(vertices.dtype)
@@ -254,7 +256,7 @@ def forward(
     face, face_eye = (look_up(mask).detach() for mask in (self.uv_face, self.uv_face_eye)) if self.textured else (alpha, alpha)
     return Rendering(colour * shading, alpha, normals, colour, shading, face, face_eye, grid, seen, seen.depth[:, None], projected)
 
-# %% ../nbs/02_renderer.ipynb #52f28292
+# %% ../nbs/02_renderer.ipynb #27f15f31
 @patch
 def preview(
     self: HeadRenderer,
@@ -270,7 +272,7 @@ def preview(
     grey, shown = shape_preview(normals, towards, drawn.alpha)
     return grey if photo is None else overlay(photo, grey, shown)
 
-# %% ../nbs/02_renderer.ipynb #d4ae6433
+# %% ../nbs/02_renderer.ipynb #48f20146
 @patch
 def texture(
     self: HeadRenderer,

@@ -6,7 +6,7 @@
 __all__ = ['FOV', 'DEGREE', 'STUDIO', 'POSE', 'REGIONS', 'FRAME', 'Face', 'one_thread', 'view_axes', 'perspective', 'portrait',
            'split_seams', 'png', 'obj_lines', 'Control', 'words', 'panels', 'scene', 'HeadViewer']
 
-# %% ../nbs/02a_viewer.ipynb #704bc349
+# %% ../nbs/02a_viewer.ipynb #3bc86d29
 import asyncio, base64, html, io, re, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .flame import FLAME
 from .open_head import EMOTIONS, emotion_codes, sided, unit_codes, skin_codes
 from .renderer import interpolate, rasterize, sample_uv, shade_sh, uv_to_grid, vertex_normals
 
-# %% ../nbs/02a_viewer.ipynb #d6774096
+# %% ../nbs/02a_viewer.ipynb #8b40fd95
 class Face:
     "A head layer and the codes of one face"
     def __init__(self,
@@ -38,7 +38,7 @@ class Face:
         sizes = dict(expression=self.flame.n_exp, jaw=3, neck=3, gaze=2, identity=self.flame.n_shape, albedo=len(self.head.albedo.scale) if painted else 0)
         self.codes = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
 
-# %% ../nbs/02a_viewer.ipynb #a4bcadc7
+# %% ../nbs/02a_viewer.ipynb #228c4eee
 @contextmanager
 def one_thread():
     "Within this context torch computes on one thread"
@@ -47,7 +47,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02a_viewer.ipynb #b7f50c15
+# %% ../nbs/02a_viewer.ipynb #75d950c6
 @patch
 def vertices(self: Face):
     "The vertices of the present codes: (V,3) float32, metres"
@@ -56,9 +56,9 @@ def vertices(self: Face):
     eye = torch.stack([-up, left, 0 * up], -1)
     pose = torch.cat([torch.zeros(1, 3), c["jaw"]], -1)
     with torch.inference_mode(), one_thread():
-        return self.flame(c["identity"], c["expression"], pose, torch.cat([eye, eye], -1), c["neck"]).vertices[0].numpy()
+        return self.flame(c["identity"], c["expression"], pose, torch.cat([eye, eye], -1), c["neck"]).vertices[0].float().numpy()
 
-# %% ../nbs/02a_viewer.ipynb #a030e2cb
+# %% ../nbs/02a_viewer.ipynb #f648ced8
 @patch
 def texture(self: Face):
     "The albedo map of the present codes: (H,H,3) uint8 RGB; None where the head has none"
@@ -66,7 +66,7 @@ def texture(self: Face):
     with torch.inference_mode(), one_thread(): albedo = self.head.albedo.albedo(torch.from_numpy(self.codes["albedo"])[None])[0]
     return (albedo.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #5b45dae6
+# %% ../nbs/02a_viewer.ipynb #0b3dc95d
 @patch
 def vector(self: Face,
     name,  # of a code
@@ -75,11 +75,11 @@ def vector(self: Face,
     "A code vector, filled up with zeros; ValueError where the name or the numbers do not fit"
     if name not in self.codes: raise ValueError(f"{name!r} is not a code of a face; there are {', '.join(self.codes)}, units and emotion")
     value, size = np.asarray(value, np.float32).ravel(), len(self.codes[name])
-    if len(value) > size: raise ValueError(f"{name} has {size} numbers, {len(value)} were given")
+    if len(value) > size: raise ValueError(f"{name} has {size} numbers here, {len(value)} were given; load the layer with as many (FLAME.load's n_shape, n_exp)")
     if not np.isfinite(value).all(): raise ValueError(f"{name} holds a number that is not finite")
     return np.pad(value, (0, size - len(value)))
 
-# %% ../nbs/02a_viewer.ipynb #23af5763
+# %% ../nbs/02a_viewer.ipynb #c0ab2fe8
 @patch
 def unit_vectors(self: Face,
     units,  # dict: name of a unit -> value, usually 0..1
@@ -94,7 +94,7 @@ def unit_vectors(self: Face,
         else: raise ValueError(f"{unit} is not among the first {len(expression)} components of {self.head.name}, which this layer was loaded with")
     return dict(expression=expression, jaw=jaw)
 
-# %% ../nbs/02a_viewer.ipynb #a39cd40d
+# %% ../nbs/02a_viewer.ipynb #d1edcd88
 @patch
 def emotion_vectors(self: Face,
     emotion,  # one of EMOTIONS
@@ -105,7 +105,7 @@ def emotion_vectors(self: Face,
     codes = emotion_codes(emotion, intensity)
     return dict(expression=codes["exp"], jaw=codes["pose"][3:])
 
-# %% ../nbs/02a_viewer.ipynb #766c6268
+# %% ../nbs/02a_viewer.ipynb #004ed25c
 @patch
 def set(self: Face,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -119,7 +119,7 @@ def set(self: Face,
     self.codes |= {name: self.vector(name, value) for name, value in codes.items()}
     return self
 
-# %% ../nbs/02a_viewer.ipynb #6c8200d5
+# %% ../nbs/02a_viewer.ipynb #31f6a72b
 FOV = 22.  # opening angle from top to bottom, degrees: narrow, as a portrait photographer likes it
 DEGREE = np.pi / 180
 
@@ -133,7 +133,7 @@ def view_axes(
     right /= np.linalg.norm(right)
     return np.stack([right, np.cross(right, forward), forward])
 
-# %% ../nbs/02a_viewer.ipynb #3320d65b
+# %% ../nbs/02a_viewer.ipynb #e1647a3d
 def perspective(
     points,  # (N,3) metres
     camera,  # (9,) position, target, up
@@ -145,7 +145,7 @@ def perspective(
     scale = 1 / (z * np.tan(fov * DEGREE / 2))
     return np.stack([x * scale, -y * scale, z], -1)
 
-# %% ../nbs/02a_viewer.ipynb #19d0eaa4
+# %% ../nbs/02a_viewer.ipynb #19f7a150
 def portrait(
     vertices,  # (V,3) metres
 ):
@@ -155,7 +155,7 @@ def portrait(
     distance = .56 * (high - low)[:2].max() / np.tan(FOV * DEGREE / 2) + (high - middle)[2]
     return [*middle[:2].tolist(), float(middle[2] + distance), *middle.tolist(), 0., 1., 0.]
 
-# %% ../nbs/02a_viewer.ipynb #323e29aa
+# %% ../nbs/02a_viewer.ipynb #54ebcb99
 STUDIO = torch.zeros(1, 9, 3)
 STUDIO[:, [0, 2, 3]] = torch.tensor([[2.5], [.15], [.35]])
 
@@ -169,7 +169,7 @@ def skin(self: Face,
     grid = interpolate(fragments, uv_to_grid(torch.from_numpy(self.head.uv)), torch.from_numpy(self.head.uv_faces))
     return sample_uv(torch.from_numpy(texture).permute(2, 0, 1)[None] / 255, grid)
 
-# %% ../nbs/02a_viewer.ipynb #cd147848
+# %% ../nbs/02a_viewer.ipynb #4506449d
 @patch
 def picture(self: Face,
     size=512,  # side of the square picture, pixels
@@ -184,7 +184,7 @@ def picture(self: Face,
     colour = avg_pool2d(torch.where(fragments.mask[:, None], colour.clamp(0, 1), 1), 2)
     return (colour[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #dbba459d
+# %% ../nbs/02a_viewer.ipynb #842c23e7
 def split_seams(
     faces,  # (F,3) vertex at each corner
     uv_faces,  # (F,3) texture coordinate at each corner
@@ -194,7 +194,7 @@ def split_seams(
     pairs, corners = np.unique(pairs, axis=0, return_inverse=True)
     return pairs[:, 0], pairs[:, 1], corners.reshape(np.shape(faces)).astype(np.uint32)
 
-# %% ../nbs/02a_viewer.ipynb #783b1da6
+# %% ../nbs/02a_viewer.ipynb #76ada5dd
 def png(
     picture,  # (H,W,3) uint8 RGB
 ):
@@ -212,7 +212,7 @@ def glb(self: Face):
     visual = trimesh.visual.TextureVisuals(self.head.uv[uv_of], skin)
     return trimesh.Trimesh(self.vertices()[vertex_of], triangles, visual=visual, process=False).export(file_type="glb")
 
-# %% ../nbs/02a_viewer.ipynb #b0c7d47c
+# %% ../nbs/02a_viewer.ipynb #0fd079ab
 def obj_lines(
     key,  # first word of each line
     array,  # (N,C) numbers, or texts for form "%s"
@@ -233,27 +233,29 @@ def obj(self: Face,
     skin = f"newmtl skin\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {name}_albedo.png\n"
     return {f"{name}_albedo.png": png(texture), f"{name}.mtl": skin.encode(), f"{name}.obj": mesh.encode()}
 
-# %% ../nbs/02a_viewer.ipynb #1f667f26
+# %% ../nbs/02a_viewer.ipynb #f64d75c2
 @patch
 def files(self: Face,
     path,  # Path with one of the endings .png, .obj, .glb
     camera=None,  # (9,) of the picture
 ):
     "The content of the files that belong to a name: file name -> bytes"
-    if path.suffix == ".png": return {path.name: png(self.picture(camera=camera))}
-    if path.suffix == ".glb": return {path.name: self.glb()}
-    if path.suffix != ".obj": raise EmocaError(f"{path.name!r}: the ending says what to write; give .png, .obj or .glb")
-    if not re.fullmatch(r"[\w.-]+", path.stem): raise EmocaError(f"{path.name!r}: an OBJ file names its material; use letters, digits, - and _ only")
+    kind = path.suffix.lower()
+    if kind == ".png": return {path.name: png(self.picture(camera=camera))}
+    if kind == ".glb": return {path.name: self.glb()}
+    if kind != ".obj": raise EmocaError(f"{str(path)!r}: the ending says what to write; give .png, .obj or .glb")
+    if not re.fullmatch(r"[\w.-]+", path.stem): raise EmocaError(f"{str(path)!r}: an OBJ file names its material; use letters, digits, - and _ only")
     return self.obj(path.stem)
 
-# %% ../nbs/02a_viewer.ipynb #f1ffb03d
+# %% ../nbs/02a_viewer.ipynb #d9b266ee
 @patch
 def save(self: Face,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
     camera=None,  # (9,) of the picture; None: `portrait`
 ):
     "Write the face; the path of the main file"
-    path = Path(path).expanduser()
+    try: path = Path(path).expanduser()
+    except RuntimeError: raise EmocaError(f"cannot write {path}: its user is not known here") from None
     if not path.parent.is_dir(): raise EmocaError(f"cannot write {path}: there is no folder {path.parent}")
     for name, content in self.files(path, camera).items():
         try:
@@ -261,7 +263,7 @@ def save(self: Face,
         except (OSError, ValueError) as e: raise EmocaError(f"cannot write {path.with_name(name)}: {e}") from e
     return path
 
-# %% ../nbs/02a_viewer.ipynb #dd632fcd
+# %% ../nbs/02a_viewer.ipynb #45d76c29
 @dataclass(frozen=True)
 class Control:
     "A slider: which entry of which code it moves, and between which values"
@@ -272,7 +274,7 @@ class Control:
     high: float  # largest value, in the slider's unit
     unit: float = 1.0  # code value of one slider unit: pi/180 where the slider shows degrees
 
-# %% ../nbs/02a_viewer.ipynb #f813ecde
+# %% ../nbs/02a_viewer.ipynb #4f07c7c4
 POSE = [Control("jaw", 0, "jaw open", 0, 30, DEGREE), Control("jaw", 1, "jaw left", -10, 10, DEGREE),
         Control("gaze", 0, "look up", -25, 25, DEGREE), Control("gaze", 1, "look left", -35, 35, DEGREE),
         Control("neck", 0, "nod", -25, 25, DEGREE), Control("neck", 1, "turn left", -45, 45, DEGREE), Control("neck", 2, "tilt", -25, 25, DEGREE)]
@@ -284,7 +286,7 @@ def words(
     "A unit's name in words"
     return re.sub(r"([A-Z])", lambda m: " " + m[1].lower(), name)
 
-# %% ../nbs/02a_viewer.ipynb #0cae830b
+# %% ../nbs/02a_viewer.ipynb #81da8bf3
 def panels(
     face,  # Face
     shown=10,  # how many components of a space without names get a slider
@@ -296,7 +298,7 @@ def panels(
     every = (units if names else dict(Expression=space("expression"))) | dict(Pose=POSE, Shape=space("identity"), Skin=space("albedo"))
     return {title: controls for title, controls in every.items() if controls}
 
-# %% ../nbs/02a_viewer.ipynb #4787d2a6
+# %% ../nbs/02a_viewer.ipynb #e6532b38
 def scene(
     face,  # Face
     height=520,  # of the picture, pixels
@@ -314,7 +316,7 @@ def scene(
     plot.camera, plot.layout = portrait(vertices), W.Layout(flex="1 1 0", min_width="320px")
     return plot, mesh, vertex_of
 
-# %% ../nbs/02a_viewer.ipynb #4c31b1d8
+# %% ../nbs/02a_viewer.ipynb #64bf12fb
 class HeadViewer(W.HBox):
     "A head that turns under the mouse, beside the sliders of its codes"
     def __init__(self,
@@ -328,7 +330,7 @@ class HeadViewer(W.HBox):
         super().__init__(layout=W.Layout(width="100%", align_items="flex-start"))
         self.children = [self.plot, self.desk()]
 
-# %% ../nbs/02a_viewer.ipynb #bc855dc1
+# %% ../nbs/02a_viewer.ipynb #6dfc5301
 FRAME = 1 / 30  # seconds
 
 @patch
@@ -341,7 +343,7 @@ def draw(self: HeadViewer):
         self.vertices = self.face.vertices()
         self.mesh.vertices = self.vertices[self.vertex_of]
 
-# %% ../nbs/02a_viewer.ipynb #10005161
+# %% ../nbs/02a_viewer.ipynb #93198967
 @patch
 def refresh(self: HeadViewer,
     *codes,  # names of the codes that have changed
@@ -354,7 +356,7 @@ def refresh(self: HeadViewer,
     if wait <= 0 or loop is None: self.draw()
     elif self.pending is None: self.pending = loop.call_later(wait, self.draw)
 
-# %% ../nbs/02a_viewer.ipynb #780e8131
+# %% ../nbs/02a_viewer.ipynb #a2cddab7
 @patch
 def slider(self: HeadViewer,
     control,  # Control
@@ -370,7 +372,7 @@ def slider(self: HeadViewer,
     self.sliders[control.code, control.index] = s, control
     return s
 
-# %% ../nbs/02a_viewer.ipynb #c3c6c1dd
+# %% ../nbs/02a_viewer.ipynb #e404f17e
 @patch
 def slider_panels(self: HeadViewer):
     "The panels of sliders, one shown at a time"
@@ -380,7 +382,7 @@ def slider_panels(self: HeadViewer):
     W.jslink((choice, "index"), (stack, "selected_index"))
     return W.VBox([choice, stack])
 
-# %% ../nbs/02a_viewer.ipynb #586711b8
+# %% ../nbs/02a_viewer.ipynb #6f9b9e78
 @patch
 def set(self: HeadViewer,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -397,7 +399,7 @@ def set(self: HeadViewer,
     self.refresh(*(name for name in after if after[name] is not before[name]))
     return self
 
-# %% ../nbs/02a_viewer.ipynb #26a5aedc
+# %% ../nbs/02a_viewer.ipynb #354c78ed
 @patch
 def reset(self: HeadViewer):
     "Back to the neutral, average face"
@@ -414,7 +416,7 @@ def another(self: HeadViewer,
     if self.face.head.name == "open_head": codes["albedo"] = skin_codes(1, torch.Generator().manual_seed(int(rng.integers(1 << 31))))[0]
     return self.set(**codes)
 
-# %% ../nbs/02a_viewer.ipynb #a465f548
+# %% ../nbs/02a_viewer.ipynb #351b5416
 @patch
 def emotion_buttons(self: HeadViewer):
     "A button for each emotion, and a slider for how strong it is"
@@ -427,7 +429,7 @@ def emotion_buttons(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.GridBox(buttons, layout=W.Layout(grid_template_columns="repeat(4, 1fr)")), strength])
 
-# %% ../nbs/02a_viewer.ipynb #e35bec86
+# %% ../nbs/02a_viewer.ipynb #6f942124
 @patch
 def save(self: HeadViewer,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -446,7 +448,7 @@ def file_row(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.HBox([name, *buttons]), said])
 
-# %% ../nbs/02a_viewer.ipynb #317e8157
+# %% ../nbs/02a_viewer.ipynb #c77dac9b
 @patch
 def desk(self: HeadViewer):
     "All controls: emotions, one panel of sliders at a time, files"
@@ -456,7 +458,7 @@ def desk(self: HeadViewer):
     emotions = [self.emotion_buttons()] if self.face.head.expression_names else []
     return W.VBox([*emotions, self.slider_panels(), W.HBox([reset, another]), self.file_row()], layout=W.Layout(flex="0 0 430px", width="430px"))
 
-# %% ../nbs/02a_viewer.ipynb #c7353f10
+# %% ../nbs/02a_viewer.ipynb #2351c84e
 @patch
 def _repr_mimebundle_(self: HeadViewer, **kwargs):
     still = base64.b64encode(png(self.face.picture(256, self.plot.camera))).decode()

@@ -70,19 +70,20 @@ def test_the_file_named_by_the_environment_wins(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", list(KEYS))
 def test_every_key_can_be_set_in_the_file_and_overridden_by_the_environment(tmp_path, monkeypatch, key):
-    ini(f"[{KEYS[key][0]}]\n{key} = from_file\n")
+    in_file, in_environment = ("gpu", "paper") if key == "profile" else ("from_file", "/from/environment")
+    ini(f"[{KEYS[key][0]}]\n{key} = {in_file}\n")
     get = lambda s: str(s.files[key] if key in ASSETS else getattr(s, key))
-    assert get(settings()).endswith("from_file") and settings().origin[key] == str(tmp_path / "settings.ini")
-    monkeypatch.setenv(f"EMOCA_NB_{key.upper()}", "/from/environment")
-    assert get(settings()) == "/from/environment" and settings().origin[key] == f"EMOCA_NB_{key.upper()}"
+    assert get(settings()).endswith(in_file) and settings().origin[key] == str(tmp_path / "settings.ini")
+    monkeypatch.setenv(f"EMOCA_NB_{key.upper()}", in_environment)
+    assert get(settings()) == in_environment and settings().origin[key] == f"EMOCA_NB_{key.upper()}"
     monkeypatch.setenv(f"EMOCA_NB_{key.upper()}", "")
-    assert get(settings()).endswith("from_file")
+    assert get(settings()).endswith(in_file)
 
 
 MISSPELT = [
     ("[files]\nflame_2020 = x\n", ["flame_2020", "flame2020"]), ("[run]\ndevise = cpu\n", ["devise", "device"]),
     ("[paths]\nreport = r\n", ["report", "reports"]), ("[path]\ndata = x\n", ["[path]", "[paths]"]), ("[run]\ndata = x\n", ["data", "[paths]"]),
-    ("[paths]\ndeca = x\n", ["deca", "[files]"]), ("[DEFAULT]\nmispelt = 1\n[run]\nprofile = gpu\n", ["mispelt"])]
+    ("[paths]\ndeca = x\n", ["deca", "[files]"]), ("[DEFAULT]\nmispelt = 1\n[run]\nprofile = gpu\n", ["[DEFAULT]"])]
 
 
 @pytest.mark.parametrize("text,words", MISSPELT)
@@ -380,3 +381,34 @@ def test_the_console_script(tmp_path):
     (tmp_path / "settings.ini").write_text("[fils]\n")
     r = subprocess.run([script, "assets"], capture_output=True, text=True)
     assert r.returncode == 1 and r.stderr.startswith("Error: ") and "[files]" in r.stderr and "Traceback" not in r.stderr
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[DEFAULT]\nflame2020 = /x\n", "no section [DEFAULT]"),
+    ("[paths]\ndata = /srv/x ; faces\n", "without a comment"),
+    ("[paths]\ndata = /srv/x\n  and/more\n", "one line"),
+    ("[files]\nflame2020 = ~nobody_of_this_name/x\n", "not known here"),
+    ("[run]\nprofile = bogus\n", "demo, gpu, paper"),
+])
+def test_settings_that_would_be_misread_are_refused(text, words):
+    ini(text)
+    with pytest.raises(EmocaError) as e: settings()
+    assert words in str(e.value)
+
+
+def test_quotes_around_a_path_are_taken_off():
+    ini('[files]\nflame2020 = "/srv/a b.pkl"\n')
+    assert settings().files["flame2020"] == Path("/srv/a b.pkl")
+
+
+@pytest.mark.parametrize("content", [b"[/red] x", b"[red]a", b"root:x:0:0"])
+def test_the_text_of_a_wrong_file_is_shown_as_it_is(tmp_path, monkeypatch, content):
+    (tmp_path / "evil.pkl").write_bytes(content)
+    monkeypatch.setenv("EMOCA_NB_FLAME2020", str(tmp_path / "evil.pkl"))
+    run = CliRunner().invoke(core.cli, ["assets"])
+    assert run.exit_code == 0 and "wrong" in run.output and "❌" not in run.output
+
+
+def test_missing_counts_what_is_there(tmp_path, monkeypatch):
+    counts = [CliRunner().invoke(core.cli, ["assets", *flags]).output.split("are here")[0].splitlines()[-1] for flags in ([], ["--missing"])]
+    assert counts[0] == counts[1]

@@ -564,3 +564,8 @@ def test_a_failed_export_leaves_no_half_file(tmp_path, monkeypatch):
 def test_no_open_head_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(fl.importlib.resources, "files", lambda _: tmp_path)
     with pytest.raises(EmocaError, match="open_head.npz"): FLAME.load()
+
+
+def test_codes_that_are_not_numbers_show_in_the_vertices():
+    out = FLAME.load()(pose=torch.full((1, 6), float("nan")))
+    assert out.vertices.isnan().all() and out.landmarks2d.isnan().any()

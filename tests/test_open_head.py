@@ -100,6 +100,8 @@ def test_unit_codes():
     assert unit_codes({"jawOpen": .5})["pose"][3] == pytest.approx(open_head.JAW_OPEN / 2)
     with pytest.raises(EmocaError, match="browDown"): unit_codes(browDwn=1)
     with pytest.raises(EmocaError, match="n_exp=51"): unit_codes(tongueOut=1)
+    for n in (0, -1, 100):
+        with pytest.raises(EmocaError, match="1 to 51"): unit_codes(n_exp=n)
     assert unit_codes(tongueOut=1, n_exp=51)["exp"][50] == 1
 
 

@@ -241,3 +241,10 @@ def test_backends_draw_one_picture(head):
 def test_moves_with_the_module(open_head):
     renderer = R.HeadRenderer(open_head.head, 32)
     assert all(b.device.type == "meta" for b in renderer.to("meta").buffers()) and not list(renderer.parameters())
+
+
+def test_batches_must_agree(head):
+    renderer, v, cam = R.HeadRenderer(head, 32, 32), head.vertices, torch.tensor([[7.0, 0, 0]])
+    with pytest.raises(ValueError, match="light for 3 heads"): renderer(v, cam, light=torch.ones(3, 9, 3))
+    with pytest.raises(ValueError, match="albedo for 2 heads"): renderer(v, cam, torch.ones(2, 3, 8, 8))
+    assert renderer(v.repeat(3, 1, 1), cam, torch.ones(1, 3, 8, 8), torch.ones(1, 9, 3)).image.shape == (3, 3, 32, 32)

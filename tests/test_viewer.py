@@ -12,7 +12,7 @@ from emoca_nb.core import EmocaError
 from emoca_nb.flame import FLAME
 from emoca_nb.open_head import EMOTIONS
 from emoca_nb.renderer import project
-from emoca_nb.viewer import FOV, HeadViewer, panels, perspective, portrait, split_seams
+from emoca_nb.viewer import FOV, Face, HeadViewer, panels, perspective, portrait, split_seams
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +226,15 @@ def test_head_without_names_uv_or_skin(shared):
     for bad in (dict(emotion="Happy"), dict(units=dict(jawOpen=1))):
         with pytest.raises(ValueError, match="name"): plain.set(**bad)
     assert b"vt" not in plain.face.files(Path("a.obj"))["a.obj"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_layer_of_another_precision(dtype):
+    face = Face(FLAME.load().to(dtype))
+    assert face.vertices().dtype == np.float32 and face.picture(32).shape == (32, 32, 3)
+
+
+def test_names_of_files(viewer, tmp_path):
+    assert viewer.face.save(tmp_path / "a.PNG").is_file()
+    for name, words in ((tmp_path / "b c.obj", str(tmp_path)), ("~nobody_of_this_name/a.png", "not known"), (tmp_path / "a.jpg", "give .png")):
+        with pytest.raises(EmocaError, match=words): viewer.face.save(name)
