@@ -384,6 +384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'emoca_nb.rasterizer._check': ('rasterizer.html#_check', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._corner': ('rasterizer.html#_corner', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._corners': ('rasterizer.html#_corners', 'emoca_nb/rasterizer.py'),
+                                     'emoca_nb.rasterizer._draw': ('rasterizer.html#_draw', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._edge': ('rasterizer.html#_edge', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._exact': ('rasterizer.html#_exact', 'emoca_nb/rasterizer.py'),
                                      'emoca_nb.rasterizer._finite': ('rasterizer.html#_finite', 'emoca_nb/rasterizer.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fragments', 'to_pixels', 'edge_weights', 'weight_slopes', 'native_kind', 'rasterize', 'interpolate']
 
-# %% ../nbs/00a_rasterizer.ipynb #f44e7a4e
+# %% ../nbs/00a_rasterizer.ipynb #b8f06b0f
 import math, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ except ImportError: numba = None
 try: import triton, triton.language as tl
 except ImportError: triton, tl = None, SimpleNamespace(constexpr=None)
 
-# %% ../nbs/00a_rasterizer.ipynb #c59786da
+# %% ../nbs/00a_rasterizer.ipynb #852ac752
 class Fragments(NamedTuple):
     "What each pixel sees: a face, a place in it, a depth."
     pix_to_face: Tensor  # (B,H,W) int64, index into the faces given, -1 for background
@@ -33,7 +33,7 @@ class Fragments(NamedTuple):
         "(B,H,W) bool, where the mesh is seen."
         return self.pix_to_face >= 0
 
-# %% ../nbs/00a_rasterizer.ipynb #28980973
+# %% ../nbs/00a_rasterizer.ipynb #53df7140
 def to_pixels(
     vertices: Tensor,  # (...,3) x right, y down in [-1,1]
     height: int,  # pixels
@@ -43,7 +43,7 @@ def to_pixels(
     scale = vertices.new_tensor([[width / 2, height / 2, 1], [(width - 1) / 2, (height - 1) / 2, 0]])
     return torch.addcmul(scale[1], vertices, scale[0])
 
-# %% ../nbs/00a_rasterizer.ipynb #8d982d44
+# %% ../nbs/00a_rasterizer.ipynb #20038417
 def edge_weights(
     corners: Tensor,  # (...,3,>=2) the triangle's corners, any unit
     point: Tensor,  # (...,2) in the same unit
@@ -53,7 +53,7 @@ def edge_weights(
     edge = x.roll(-1, -1) * y.roll(-2, -1) - x.roll(-2, -1) * y.roll(-1, -1)
     return edge / edge.sum(-1, keepdim=True)
 
-# %% ../nbs/00a_rasterizer.ipynb #3b6d65d7
+# %% ../nbs/00a_rasterizer.ipynb #daba9596
 def weight_slopes(
     corners: Tensor,  # (...,3,>=2) the triangle's corners
 ) -> Tensor:  # (...,3,2) dw_k/dx, dw_k/dy
@@ -63,7 +63,7 @@ def weight_slopes(
     area = (run * y).sum(-1, keepdim=True)
     return torch.stack([rise, run], -1) / area[..., None]
 
-# %% ../nbs/00a_rasterizer.ipynb #7c85b617
+# %% ../nbs/00a_rasterizer.ipynb #60cca01d
 def _jit(function, **options):
     "Compile for the CPU, caching on disk where some folder can be written."
     if numba is None: return function
@@ -71,17 +71,17 @@ def _jit(function, **options):
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)
 
-# %% ../nbs/00a_rasterizer.ipynb #bad6ee5e
+# %% ../nbs/00a_rasterizer.ipynb #9863207e
 @lru_cache(1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="rasterizer")
 
-# %% ../nbs/00a_rasterizer.ipynb #be694f53
+# %% ../nbs/00a_rasterizer.ipynb #89922616
 def _bands(batch: int, height: int) -> int:
     "Bands of rows per picture."
     return max(1, min(-(-2 * torch.get_num_threads() // max(batch, 1)), height // 8))
 
-# %% ../nbs/00a_rasterizer.ipynb #c6c8d047
+# %% ../nbs/00a_rasterizer.ipynb #ae3de0c8
 def _side_by_side(function, items) -> list:
     "The function's value for each item, worked out on torch's number of threads."
     threads = torch.get_num_threads()
@@ -92,7 +92,7 @@ def _pixels(vertices: Tensor, height: int, width: int) -> list:
     "For each picture its vertices (V,3) in pixels, as float64 arrays."
     return _side_by_side(lambda v: to_pixels(v.double(), height, width).numpy(), vertices.detach().unbind())
 
-# %% ../nbs/00a_rasterizer.ipynb #d0ad28b4
+# %% ../nbs/00a_rasterizer.ipynb #bbf8c174
 def _in_bands(task, batch: int, height: int, bands: int | None = None) -> None:
     "Call `task(image, band, first_row, last_row + 1)` for all images and bands, on torch's number of threads."
     bands = bands or _bands(batch, height)
@@ -100,20 +100,20 @@ def _in_bands(task, batch: int, height: int, bands: int | None = None) -> None:
     jobs = [(b, i, cuts[i], cuts[i + 1]) for b in range(batch) for i in range(bands)]
     _side_by_side(lambda job: task(*job), jobs)
 
-# %% ../nbs/00a_rasterizer.ipynb #d2d0159b
+# %% ../nbs/00a_rasterizer.ipynb #1a177387
 @_jit
 def _span(a, b, c, first, last):
     "First and last integer between the extremes of a, b, c, clipped to first..last."
     low, high = max(min(a, b, c), first), min(max(a, b, c), last)
     return (int(math.ceil(low)), int(math.floor(high))) if low <= high else (1, 0)
 
-# %% ../nbs/00a_rasterizer.ipynb #cad1b512
+# %% ../nbs/00a_rasterizer.ipynb #2bab8cda
 @_jit
 def _edge(x1, y1, x2, y2):
     "Coefficients of the edge function through two corners."
     return y1 - y2, x2 - x1, x1 * y2 - x2 * y1
 
-# %% ../nbs/00a_rasterizer.ipynb #1aec9795
+# %% ../nbs/00a_rasterizer.ipynb #9daaa7b0
 _FAR = np.iinfo(np.int64).max  # the key of an empty pixel
 
 
@@ -123,7 +123,7 @@ def _key(depth, face):
     bits = np.float32(depth).view(np.int32)
     return (np.int64(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))) << 32) | face
 
-# %% ../nbs/00a_rasterizer.ipynb #0d604837
+# %% ../nbs/00a_rasterizer.ipynb #3ecdd65d
 @_jit
 def _paint_row(e0, e1, e2, a0, a1, a2, z, dz, first, last, face, keys):
     "Offer one face to pixels first..last of a row; e and z are given at `first`, a and dz are their steps."
@@ -134,7 +134,7 @@ def _paint_row(e0, e1, e2, a0, a1, a2, z, dz, first, last, face, keys):
         key = _key(z + dz * x, face) if inside else _FAR
         keys[left + i] = min(keys[left + i], key)
 
-# %% ../nbs/00a_rasterizer.ipynb #72080d78
+# %% ../nbs/00a_rasterizer.ipynb #737a86d5
 @partial(_jit, inline="always")
 def _paint_face(p, i0, i1, i2, face, start, stop, keys):
     "Write one face into rows start..stop-1 of the z-buffer."
@@ -155,14 +155,14 @@ def _paint_face(p, i0, i1, i2, face, start, stop, keys):
         e0, e1, e2 = a0 * left + b0 * row + c0, a1 * left + b1 * row + c1, a2 * left + b2 * row + c2
         _paint_row(e0, e1, e2, a0, a1, a2, e0 * z0 + e1 * z1 + e2 * z2, dz, left, right, face, keys[row])
 
-# %% ../nbs/00a_rasterizer.ipynb #bff51558
+# %% ../nbs/00a_rasterizer.ipynb #ef42dc7c
 @_jit
 def _paint(p, index, start, stop, keys):
     "Fill rows start..stop-1 with the nearest of all faces."
     for face in range(len(index)):
         _paint_face(p, index[face, 0], index[face, 1], index[face, 2], face, start, stop, keys)
 
-# %% ../nbs/00a_rasterizer.ipynb #5e196b29
+# %% ../nbs/00a_rasterizer.ipynb #fa0c7602
 @_jit
 def _resolve(p, index, start, stop, keys, pix_to_face, bary, depth):
     "Weights and depth of the winning faces."
@@ -187,21 +187,26 @@ def _resolve(p, index, start, stop, keys, pix_to_face, bary, depth):
             bary[row, col, 0], bary[row, col, 1], bary[row, col, 2] = w0, w1, w2
             depth[row, col] = w0 * z0 + w1 * z1 + w2 * z2
 
-# %% ../nbs/00a_rasterizer.ipynb #ac5abd0a
+# %% ../nbs/00a_rasterizer.ipynb #a2e8fc09
+@_jit
+def _draw(p, index, start, stop, pix_to_face, bary, depth):
+    "Rows start..stop-1 of a picture; the z-buffer lives only here."
+    keys = np.empty(pix_to_face.shape, np.int64)
+    keys[start:stop] = _FAR
+    _paint(p, index, start, stop, keys)
+    _resolve(p, index, start, stop, keys, pix_to_face, bary, depth)
+
+# %% ../nbs/00a_rasterizer.ipynb #d756c5ee
 def _numba_forward(vertices: Tensor, faces: Tensor, height: int, width: int) -> Fragments:
     "Rasterize on the CPU."
     shape = len(vertices), height, width
     out = Fragments(torch.empty(shape, dtype=torch.long), vertices.new_empty(*shape, 3), vertices.new_empty(shape))
     p, index = _pixels(vertices, height, width), faces.numpy()
     pix_to_face, bary, depth = (t.numpy() for t in out)
-    def task(b, _, start, stop):
-        keys = np.full((height, width), _FAR)
-        _paint(p[b], index, start, stop, keys)
-        _resolve(p[b], index, start, stop, keys, pix_to_face[b], bary[b], depth[b])
-    _in_bands(task, len(vertices), height)
+    _in_bands(lambda b, _, start, stop: _draw(p[b], index, start, stop, pix_to_face[b], bary[b], depth[b]), len(vertices), height)
     return out
 
-# %% ../nbs/00a_rasterizer.ipynb #b900ad9c
+# %% ../nbs/00a_rasterizer.ipynb #300116a8
 @_jit
 def _pull_weights(p, index, start, stop, faces, bary, g_bary, g_depth, out):
     "Add to `out` (V,3), in pixel units, what the pixels of rows start..stop-1 ask of the vertices."
@@ -221,7 +226,7 @@ def _pull_weights(p, index, start, stop, faces, bary, g_bary, g_depth, out):
                 out[i, 1] -= w * gy
                 out[i, 2] += w * gz
 
-# %% ../nbs/00a_rasterizer.ipynb #f7977dac
+# %% ../nbs/00a_rasterizer.ipynb #047d7736
 def _numba_backward(vertices: Tensor, faces: Tensor, seen: Fragments, g_bary: Tensor, g_depth: Tensor) -> Tensor:
     "Gradient by the vertices on the CPU."
     batch, height, width = seen.depth.shape
@@ -233,7 +238,7 @@ def _numba_backward(vertices: Tensor, faces: Tensor, seen: Fragments, g_bary: Te
     _in_bands(task, batch, height, out.shape[1])
     return (torch.from_numpy(out.sum(1)) * torch.tensor([width / 2, height / 2, 1])).to(vertices)
 
-# %% ../nbs/00a_rasterizer.ipynb #d01eed3b
+# %% ../nbs/00a_rasterizer.ipynb #caeed1b2
 def _boxes(p: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     "First pixel (x, y) and extent (w, h) of each face's bounding box, (B,F,2) int64; extent 0 if no centre is in it."
     corners = p[:, faces, :2]
@@ -243,7 +248,7 @@ def _boxes(p: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tensor, T
     extent = (final - first + 1).clamp(min=0).long()
     return first.long(), extent * extent.prod(-1, keepdim=True).clamp(max=1)
 
-# %% ../nbs/00a_rasterizer.ipynb #056aa4bb
+# %% ../nbs/00a_rasterizer.ipynb #98b580ae
 def _candidates(p: Tensor, faces: Tensor, first: Tensor, extent: Tensor, which: Tensor) -> tuple[Tensor, ...]:
     "Image, face, column, row of every pixel in the boxes of faces `which` (N,2: image, face)."
     first, extent = first[which[:, 0], which[:, 1]], extent[which[:, 0], which[:, 1]]
@@ -253,7 +258,7 @@ def _candidates(p: Tensor, faces: Tensor, first: Tensor, extent: Tensor, which: 
     column, row = step % extent[owner, 0], torch.div(step, extent[owner, 0], rounding_mode="floor")
     return which[owner, 0], which[owner, 1], first[owner, 0] + column, first[owner, 1] + row
 
-# %% ../nbs/00a_rasterizer.ipynb #2f772776
+# %% ../nbs/00a_rasterizer.ipynb #9aee2244
 def _torch_visible(p: Tensor, faces: Tensor, height: int, width: int, most: int = 1 << 22) -> Tensor:
     "Nearest face of each pixel, (B,H,W), from vertices in pixel units."
     first, extent = _boxes(p, faces, height, width)
@@ -276,7 +281,7 @@ def _torch_visible(p: Tensor, faces: Tensor, height: int, width: int, most: int 
         winner.scatter_reduce_(0, at[on_top], face[on_top], "amin")
     return torch.where(winner < len(faces), winner.long(), -1).view(len(p), height, width)
 
-# %% ../nbs/00a_rasterizer.ipynb #2af3c7d5
+# %% ../nbs/00a_rasterizer.ipynb #b13dafe5
 def _exact(vertices: Tensor, height: int, width: int) -> Tensor:
     "Vertices in pixel units, float64 where the device has it."
     return to_pixels(vertices if vertices.device.type == "mps" else vertices.double(), height, width)
@@ -288,7 +293,7 @@ def _corners(p: Tensor, faces: Tensor, pix_to_face: Tensor) -> tuple[Tensor, Ten
     index = faces[pix_to_face.clamp(min=0)] + offset
     return index, p.flatten(0, 1)[index]
 
-# %% ../nbs/00a_rasterizer.ipynb #bbaf97f0
+# %% ../nbs/00a_rasterizer.ipynb #3fed78a8
 def _torch_resolve(p: Tensor, faces: Tensor, pix_to_face: Tensor, dtype: torch.dtype) -> Fragments:
     "Weights and depth of the winning faces."
     height, width = pix_to_face.shape[1:]
@@ -298,13 +303,13 @@ def _torch_resolve(p: Tensor, faces: Tensor, pix_to_face: Tensor, dtype: torch.d
     bary = torch.where(hit, edge_weights(corners, torch.stack([x, y], -1).to(p)), 0)
     return Fragments(pix_to_face, bary.to(dtype), (bary * corners[..., 2]).sum(-1).to(dtype))
 
-# %% ../nbs/00a_rasterizer.ipynb #ec111b65
+# %% ../nbs/00a_rasterizer.ipynb #5257ecd7
 def _torch_forward(vertices: Tensor, faces: Tensor, height: int, width: int) -> Fragments:
     "Rasterize on any device."
     p = _exact(vertices, height, width)
     return _torch_resolve(p, faces, _torch_visible(p, faces, height, width), vertices.dtype)
 
-# %% ../nbs/00a_rasterizer.ipynb #a749105b
+# %% ../nbs/00a_rasterizer.ipynb #dfa0784a
 def _torch_backward(vertices: Tensor, faces: Tensor, seen: Fragments, g_bary: Tensor, g_depth: Tensor) -> Tensor:
     "Gradient by the vertices on any device."
     height, width = seen.depth.shape[1:]
@@ -316,7 +321,7 @@ def _torch_backward(vertices: Tensor, faces: Tensor, seen: Fragments, g_bary: Te
     out = share.new_zeros(vertices.shape).flatten(0, 1).index_add_(0, index.flatten(), share.flatten(0, -2))
     return (out.view_as(vertices) * out.new_tensor([width / 2, height / 2, 1])).to(vertices.dtype)
 
-# %% ../nbs/00a_rasterizer.ipynb #27149b87
+# %% ../nbs/00a_rasterizer.ipynb #5f8abfbb
 _kernel = triton.jit if triton else lambda function: function
 
 
@@ -326,14 +331,14 @@ def _sortable(z):
     bits = z.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
-# %% ../nbs/00a_rasterizer.ipynb #1f13a74c
+# %% ../nbs/00a_rasterizer.ipynb #27bffd12
 @_kernel
 def _corner(p, faces, image, face, k, V, valid):
     "x, y, z of corner k."
     row = p + (image.to(tl.int64) * V + tl.load(faces + face * 3 + k, mask=valid, other=0)) * 3
     return tl.load(row, mask=valid, other=0.0), tl.load(row + 1, mask=valid, other=0.0), tl.load(row + 2, mask=valid, other=0.0)
 
-# %% ../nbs/00a_rasterizer.ipynb #67c358e6
+# %% ../nbs/00a_rasterizer.ipynb #12587eb6
 @_kernel
 def _propose(keys, image, face, x, y, x0, y0, z0, x1, y1, z1, x2, y2, z2, H, W, valid):
     "Offer faces to pixels; the nearest stays."
@@ -346,7 +351,7 @@ def _propose(keys, image, face, x, y, x0, y0, z0, x1, y1, z1, x2, y2, z2, H, W, 
     at = (image.to(tl.int64) * H + y.to(tl.int32)) * W + x.to(tl.int32)
     tl.atomic_min(keys + at, key, mask=inside, sem="relaxed")
 
-# %% ../nbs/00a_rasterizer.ipynb #676b0040
+# %% ../nbs/00a_rasterizer.ipynb #8de0a0bb
 @_kernel
 def _paint_small(p, faces, boxes, keys, V, F, H, W, limit, BLOCK: tl.constexpr):
     image = tl.program_id(1)
@@ -367,7 +372,7 @@ def _paint_small(p, faces, boxes, keys, V, F, H, W, limit, BLOCK: tl.constexpr):
         _propose(keys, image, face, x, y, x0, y0, z0, x1, y1, z1, x2, y2, z2, H, W, i < size)
         i += 1
 
-# %% ../nbs/00a_rasterizer.ipynb #0e923789
+# %% ../nbs/00a_rasterizer.ipynb #8683b2a8
 @_kernel
 def _paint_large(p, faces, boxes, large, keys, V, F, H, W, TILE: tl.constexpr):
     image, face = tl.load(large + tl.program_id(0) * 2), tl.load(large + tl.program_id(0) * 2 + 1)
@@ -382,7 +387,7 @@ def _paint_large(p, faces, boxes, large, keys, V, F, H, W, TILE: tl.constexpr):
         valid = (x < W) & (y < H)
         _propose(keys, image, face, x.to(tl.float32), y.to(tl.float32), x0, y0, z0, x1, y1, z1, x2, y2, z2, H, W, valid)
 
-# %% ../nbs/00a_rasterizer.ipynb #93fd021c
+# %% ../nbs/00a_rasterizer.ipynb #38e4df22
 def _triton_visible(p: Tensor, faces: Tensor, height: int, width: int, limit: int = 1024) -> Tensor:
     "Nearest face of each pixel, (B,H,W), from float32 vertices in pixel units."
     batch, count, block, tile = len(p), len(faces), 128, 32
@@ -396,13 +401,13 @@ def _triton_visible(p: Tensor, faces: Tensor, height: int, width: int, limit: in
         _paint_large[len(large), tiles](p.contiguous(), faces, boxes, large, keys, *shape, TILE=tile)
     return torch.where(keys < _FAR, keys & 0xFFFFFFFF, -1)
 
-# %% ../nbs/00a_rasterizer.ipynb #dea3efdd
+# %% ../nbs/00a_rasterizer.ipynb #a0c08e24
 def _triton_forward(vertices: Tensor, faces: Tensor, height: int, width: int) -> Fragments:
     "Rasterize on a CUDA GPU."
     ids = _triton_visible(to_pixels(vertices, height, width), faces, height, width)
     return _torch_resolve(_exact(vertices, height, width), faces, ids, vertices.dtype)
 
-# %% ../nbs/00a_rasterizer.ipynb #7ea09fa0
+# %% ../nbs/00a_rasterizer.ipynb #c56d875e
 _NATIVE = {
     "numba": (_numba_forward, _numba_backward),
     "triton": (_triton_forward, _torch_backward),
@@ -425,7 +430,7 @@ class _Rasterize(torch.autograd.Function):
         vertices, faces, *seen = ctx.saved_tensors
         return _NATIVE[ctx.kind][1](vertices, faces, Fragments(*seen), g_bary, g_depth), None, None, None, None
 
-# %% ../nbs/00a_rasterizer.ipynb #eaf7943b
+# %% ../nbs/00a_rasterizer.ipynb #66dcdd8a
 def native_kind(
     vertices: Tensor,  # any shape
 ) -> str:  # numba, triton or torch
@@ -434,7 +439,7 @@ def native_kind(
     if vertices.device.type == "cuda" and triton and vertices.dtype == torch.float32: return "triton"
     return "torch"
 
-# %% ../nbs/00a_rasterizer.ipynb #410d4c3d
+# %% ../nbs/00a_rasterizer.ipynb #91d54b66
 def _pytorch3d(vertices: Tensor, faces: Tensor, height: int, width: int) -> Fragments:
     "Rasterize with PyTorch3D."
     try:
@@ -451,13 +456,13 @@ def _pytorch3d(vertices: Tensor, faces: Tensor, height: int, width: int) -> Frag
     return Fragments(torch.where(hit, face % len(faces), -1)[..., 0], torch.where(hit[..., None], bary, 0).squeeze(-2).to(vertices),
                      torch.where(hit, depth - shift, 0)[..., 0].to(vertices))
 
-# %% ../nbs/00a_rasterizer.ipynb #8502e1ee
+# %% ../nbs/00a_rasterizer.ipynb #ed6b1be5
 def _finite(vertices: Tensor) -> list[bool]:
     "Whether each item of the batch is finite."
     if vertices.device.type == "cpu": return [bool(np.isfinite(v).all()) for v in vertices.detach().numpy()]
     return vertices.isfinite().flatten(1).all(1).tolist()
 
-# %% ../nbs/00a_rasterizer.ipynb #9f13822c
+# %% ../nbs/00a_rasterizer.ipynb #5c4128d6
 def _check(vertices: Tensor, faces: Tensor, height: int, width: int) -> None:
     "Refuse what cannot be rasterized."
     if vertices.dim() != 3 or vertices.shape[-1] != 3: raise ValueError(f"vertices must be (B,V,3), not {tuple(vertices.shape)}")
@@ -471,7 +476,7 @@ def _check(vertices: Tensor, faces: Tensor, height: int, width: int) -> None:
     if faces.numel() and (faces.min() < 0 or faces.max() >= vertices.shape[1]):
         raise ValueError(f"faces index vertices {faces.min()}..{faces.max()}, but there are {vertices.shape[1]}")
 
-# %% ../nbs/00a_rasterizer.ipynb #d2ca4095
+# %% ../nbs/00a_rasterizer.ipynb #5a393e99
 def rasterize(
     vertices: Tensor,  # (B,V,3) x right, y down in [-1,1], z away from the viewer
     faces: Tensor,  # (F,3) int32 or int64, shared by the batch
@@ -491,7 +496,7 @@ def rasterize(
     if kind not in _NATIVE: raise ValueError(f"backend {backend!r}; choose auto, native, pytorch3d or {', '.join(_NATIVE)}")
     return Fragments(*_Rasterize.apply(vertices.contiguous(), faces, height, width, kind))
 
-# %% ../nbs/00a_rasterizer.ipynb #82412925
+# %% ../nbs/00a_rasterizer.ipynb #cfe78ceb
 @_jit
 def _mix(values, index, start, stop, faces, bary, out):
     "Weighted means of the corners' values, (C,H,W), rows start..stop-1."
@@ -505,7 +510,7 @@ def _mix(values, index, start, stop, faces, bary, out):
             w0, w1, w2 = bary[row, col, 0], bary[row, col, 1], bary[row, col, 2]
             for c in range(len(out)): out[c, row, col] = w0 * values[i0, c] + w1 * values[i1, c] + w2 * values[i2, c]
 
-# %% ../nbs/00a_rasterizer.ipynb #57a4980a
+# %% ../nbs/00a_rasterizer.ipynb #ed3c8033
 @_jit
 def _unmix(values, index, start, stop, faces, bary, g_out, g_values, g_bary):
     "Gradients of `_mix`: to the values through the weights, to the weights through the values."
@@ -519,7 +524,7 @@ def _unmix(values, index, start, stop, faces, bary, g_out, g_values, g_bary):
                     pull += values[index[face, k], c] * g_out[c, row, col]
                 g_bary[row, col, k] = pull
 
-# %% ../nbs/00a_rasterizer.ipynb #977ddeb2
+# %% ../nbs/00a_rasterizer.ipynb #5c29a715
 class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pix_to_face, bary, values, index):
@@ -547,7 +552,7 @@ class _Interpolate(torch.autograd.Function):
         g_values = torch.from_numpy(g_values.sum(1) if len(values) == batch else g_values.sum((0, 1))[None])
         return None, g_bary, g_values.to(values), None
 
-# %% ../nbs/00a_rasterizer.ipynb #6facb9ab
+# %% ../nbs/00a_rasterizer.ipynb #011cb88d
 def interpolate(
     fragments: Fragments,  # of a picture H x W
     attributes: Tensor,  # per face and corner (F,3,C) or (B,F,3,C); with `faces`: per vertex (V,C) or (B,V,C)
