@@ -47,6 +47,6 @@ if ! { [ -x .venv/bin/python ] && runs .venv/bin/python && .venv/bin/python -m p
 fi
 
 echo "Installing the package and its extras into .venv (about 7 GB, several minutes on first use)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,pytorch3d,build-head]'
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,pytorch3d,build-head,dlib]'
 .venv/bin/python -m pip check --disable-pip-version-check || echo "pip finds the environment inconsistent (above); going on" >&2
 touch .venv/.ready
