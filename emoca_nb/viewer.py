@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FOV', 'DEGREE', 'STUDIO', 'POSE', 'REGIONS', 'FRAME', 'Face', 'one_thread', 'view_axes', 'perspective', 'portrait',
-           'split_seams', 'png', 'obj_lines', 'Control', 'words', 'panels', 'scene', 'HeadViewer']
+           'Control', 'words', 'panels', 'scene', 'HeadViewer']
 
-# %% ../nbs/02a_viewer.ipynb #3bc86d29
-import asyncio, base64, html, io, re, time
+# %% ../nbs/02a_viewer.ipynb #ffeccb38
+import asyncio, base64, html, re, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,17 @@ import ipywidgets as W
 import k3d
 import numpy as np
 import torch
-import trimesh
 from fastcore.basics import patch
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
-from .core import EmocaError, atomic_write
+from .core import EmocaError
+from .export import glb_bytes, obj_files, png, split_seams, write_files
 from .flame import FLAME
 from .open_head import EMOTIONS, emotion_codes, sided, unit_codes, skin_codes
 from .renderer import interpolate, rasterize, sample_uv, shade_sh, uv_to_grid, vertex_normals
 
-# %% ../nbs/02a_viewer.ipynb #8b40fd95
+# %% ../nbs/02a_viewer.ipynb #df1e6be2
 class Face:
     "A head layer and the codes of one face"
     def __init__(self,
@@ -38,7 +38,7 @@ class Face:
         sizes = dict(expression=self.flame.n_exp, jaw=3, neck=3, gaze=2, identity=self.flame.n_shape, albedo=len(self.head.albedo.scale) if painted else 0)
         self.codes = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
 
-# %% ../nbs/02a_viewer.ipynb #228c4eee
+# %% ../nbs/02a_viewer.ipynb #49e6338c
 @contextmanager
 def one_thread():
     "Within this context torch computes on one thread"
@@ -47,18 +47,23 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02a_viewer.ipynb #75d950c6
+# %% ../nbs/02a_viewer.ipynb #daf56df8
 @patch
-def vertices(self: Face):
-    "The vertices of the present codes: (V,3) float32, metres"
+def flame_codes(self: Face):
+    "The present codes in the head layer's own words: name -> (1,N) tensor"
     c = {name: torch.from_numpy(code)[None] for name, code in self.codes.items()}
     up, left = c["gaze"].T
     eye = torch.stack([-up, left, 0 * up], -1)
     pose = torch.cat([torch.zeros(1, 3), c["jaw"]], -1)
-    with torch.inference_mode(), one_thread():
-        return self.flame(c["identity"], c["expression"], pose, torch.cat([eye, eye], -1), c["neck"]).vertices[0].float().numpy()
+    return dict(shape=c["identity"], exp=c["expression"], pose=pose, eye_pose=torch.cat([eye, eye], -1), neck_pose=c["neck"])
 
-# %% ../nbs/02a_viewer.ipynb #f648ced8
+# %% ../nbs/02a_viewer.ipynb #86863328
+@patch
+def vertices(self: Face):
+    "The vertices of the present codes: (V,3) float32, metres"
+    with torch.inference_mode(), one_thread(): return self.flame(**self.flame_codes()).vertices[0].float().numpy()
+
+# %% ../nbs/02a_viewer.ipynb #c56ce824
 @patch
 def texture(self: Face):
     "The albedo map of the present codes: (H,H,3) uint8 RGB; None where the head has none"
@@ -66,7 +71,7 @@ def texture(self: Face):
     with torch.inference_mode(), one_thread(): albedo = self.head.albedo.albedo(torch.from_numpy(self.codes["albedo"])[None])[0]
     return (albedo.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #0b3dc95d
+# %% ../nbs/02a_viewer.ipynb #93b5634f
 @patch
 def vector(self: Face,
     name,  # of a code
@@ -79,7 +84,7 @@ def vector(self: Face,
     if not np.isfinite(value).all(): raise ValueError(f"{name} holds a number that is not finite")
     return np.pad(value, (0, size - len(value)))
 
-# %% ../nbs/02a_viewer.ipynb #c0ab2fe8
+# %% ../nbs/02a_viewer.ipynb #2cda6ffc
 @patch
 def unit_vectors(self: Face,
     units,  # dict: name of a unit -> value, usually 0..1
@@ -94,7 +99,7 @@ def unit_vectors(self: Face,
         else: raise ValueError(f"{unit} is not among the first {len(expression)} components of {self.head.name}, which this layer was loaded with")
     return dict(expression=expression, jaw=jaw)
 
-# %% ../nbs/02a_viewer.ipynb #d1edcd88
+# %% ../nbs/02a_viewer.ipynb #29ddbb60
 @patch
 def emotion_vectors(self: Face,
     emotion,  # one of EMOTIONS
@@ -105,7 +110,7 @@ def emotion_vectors(self: Face,
     codes = emotion_codes(emotion, intensity)
     return dict(expression=codes["exp"], jaw=codes["pose"][3:])
 
-# %% ../nbs/02a_viewer.ipynb #004ed25c
+# %% ../nbs/02a_viewer.ipynb #f26a4a6f
 @patch
 def set(self: Face,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -119,7 +124,7 @@ def set(self: Face,
     self.codes |= {name: self.vector(name, value) for name, value in codes.items()}
     return self
 
-# %% ../nbs/02a_viewer.ipynb #31f6a72b
+# %% ../nbs/02a_viewer.ipynb #a8a74717
 FOV = 22.  # opening angle from top to bottom, degrees: narrow, as a portrait photographer likes it
 DEGREE = np.pi / 180
 
@@ -133,7 +138,7 @@ def view_axes(
     right /= np.linalg.norm(right)
     return np.stack([right, np.cross(right, forward), forward])
 
-# %% ../nbs/02a_viewer.ipynb #e1647a3d
+# %% ../nbs/02a_viewer.ipynb #cdddf952
 def perspective(
     points,  # (N,3) metres
     camera,  # (9,) position, target, up
@@ -145,7 +150,7 @@ def perspective(
     scale = 1 / (z * np.tan(fov * DEGREE / 2))
     return np.stack([x * scale, -y * scale, z], -1)
 
-# %% ../nbs/02a_viewer.ipynb #19f7a150
+# %% ../nbs/02a_viewer.ipynb #b334ff2a
 def portrait(
     vertices,  # (V,3) metres
 ):
@@ -155,7 +160,7 @@ def portrait(
     distance = .56 * (high - low)[:2].max() / np.tan(FOV * DEGREE / 2) + (high - middle)[2]
     return [*middle[:2].tolist(), float(middle[2] + distance), *middle.tolist(), 0., 1., 0.]
 
-# %% ../nbs/02a_viewer.ipynb #54ebcb99
+# %% ../nbs/02a_viewer.ipynb #f890ece6
 STUDIO = torch.zeros(1, 9, 3)
 STUDIO[:, [0, 2, 3]] = torch.tensor([[2.5], [.15], [.35]])
 
@@ -169,7 +174,7 @@ def skin(self: Face,
     grid = interpolate(fragments, uv_to_grid(torch.from_numpy(self.head.uv)), torch.from_numpy(self.head.uv_faces))
     return sample_uv(torch.from_numpy(texture).permute(2, 0, 1)[None] / 255, grid)
 
-# %% ../nbs/02a_viewer.ipynb #4506449d
+# %% ../nbs/02a_viewer.ipynb #e416e632
 @patch
 def picture(self: Face,
     size=512,  # side of the square picture, pixels
@@ -184,56 +189,7 @@ def picture(self: Face,
     colour = avg_pool2d(torch.where(fragments.mask[:, None], colour.clamp(0, 1), 1), 2)
     return (colour[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
-# %% ../nbs/02a_viewer.ipynb #842c23e7
-def split_seams(
-    faces,  # (F,3) vertex at each corner
-    uv_faces,  # (F,3) texture coordinate at each corner
-):
-    "Each (vertex, texture coordinate) pair once: `vertex_of` (N,), `uv_of` (N,), `triangles` (F,3) into these"
-    pairs = np.stack([np.asarray(faces).ravel(), np.asarray(uv_faces).ravel()], -1)
-    pairs, corners = np.unique(pairs, axis=0, return_inverse=True)
-    return pairs[:, 0], pairs[:, 1], corners.reshape(np.shape(faces)).astype(np.uint32)
-
-# %% ../nbs/02a_viewer.ipynb #76ada5dd
-def png(
-    picture,  # (H,W,3) uint8 RGB
-):
-    "A picture as the bytes of a PNG file"
-    Image.fromarray(picture).save(data := io.BytesIO(), "png", compress_level=1)
-    return data.getvalue()
-
-@patch
-def glb(self: Face):
-    "The face as the bytes of a GLB file, in metres"
-    texture = self.texture()
-    if texture is None: return trimesh.Trimesh(self.vertices(), self.head.faces, process=False).export(file_type="glb")
-    vertex_of, uv_of, triangles = split_seams(self.head.faces, self.head.uv_faces)
-    skin = trimesh.visual.material.PBRMaterial(baseColorTexture=Image.fromarray(texture), metallicFactor=0., roughnessFactor=.7)
-    visual = trimesh.visual.TextureVisuals(self.head.uv[uv_of], skin)
-    return trimesh.Trimesh(self.vertices()[vertex_of], triangles, visual=visual, process=False).export(file_type="glb")
-
-# %% ../nbs/02a_viewer.ipynb #0fd079ab
-def obj_lines(
-    key,  # first word of each line
-    array,  # (N,C) numbers, or texts for form "%s"
-    form="%.6f",  # of each of them
-):
-    "Lines of an OBJ file"
-    return "".join(f"{key} {' '.join(form % x for x in row)}\n" for row in array)
-
-@patch
-def obj(self: Face,
-    name,  # of the files, without ending
-):
-    "The face as the files of an OBJ, in metres: file name -> bytes"
-    faces, texture, points = self.head.faces + 1, self.texture(), obj_lines("v", self.vertices())
-    if texture is None: return {f"{name}.obj": (points + obj_lines("f", faces, "%d")).encode()}
-    corners = [[f"{v}/{t}" for v, t in zip(*pair)] for pair in zip(faces, self.head.uv_faces + 1)]
-    mesh = f"mtllib {name}.mtl\nusemtl skin\n" + points + obj_lines("vt", self.head.uv) + obj_lines("f", corners, "%s")
-    skin = f"newmtl skin\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {name}_albedo.png\n"
-    return {f"{name}_albedo.png": png(texture), f"{name}.mtl": skin.encode(), f"{name}.obj": mesh.encode()}
-
-# %% ../nbs/02a_viewer.ipynb #f64d75c2
+# %% ../nbs/02a_viewer.ipynb #ff4d82d1
 @patch
 def files(self: Face,
     path,  # Path with one of the endings .png, .obj, .glb
@@ -242,12 +198,11 @@ def files(self: Face,
     "The content of the files that belong to a name: file name -> bytes"
     kind = path.suffix.lower()
     if kind == ".png": return {path.name: png(self.picture(camera=camera))}
-    if kind == ".glb": return {path.name: self.glb()}
+    if kind == ".glb": return {path.name: glb_bytes(self.flame, self.flame_codes(), self.texture())}
     if kind != ".obj": raise EmocaError(f"{str(path)!r}: the ending says what to write; give .png, .obj or .glb")
-    if not re.fullmatch(r"[\w.-]+", path.stem): raise EmocaError(f"{str(path)!r}: an OBJ file names its material; use letters, digits, - and _ only")
-    return self.obj(path.stem)
+    return obj_files(path.stem, self.vertices(), self.head, self.texture())
 
-# %% ../nbs/02a_viewer.ipynb #d9b266ee
+# %% ../nbs/02a_viewer.ipynb #312fbe58
 @patch
 def save(self: Face,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -257,13 +212,10 @@ def save(self: Face,
     try: path = Path(path).expanduser()
     except RuntimeError: raise EmocaError(f"cannot write {path}: its user is not known here") from None
     if not path.parent.is_dir(): raise EmocaError(f"cannot write {path}: there is no folder {path.parent}")
-    for name, content in self.files(path, camera).items():
-        try:
-            with atomic_write(path.with_name(name)) as part: part.write_bytes(content)
-        except (OSError, ValueError) as e: raise EmocaError(f"cannot write {path.with_name(name)}: {e}") from e
+    write_files(path.parent, self.files(path, camera))
     return path
 
-# %% ../nbs/02a_viewer.ipynb #45d76c29
+# %% ../nbs/02a_viewer.ipynb #8e3660de
 @dataclass(frozen=True)
 class Control:
     "A slider: which entry of which code it moves, and between which values"
@@ -274,7 +226,7 @@ class Control:
     high: float  # largest value, in the slider's unit
     unit: float = 1.0  # code value of one slider unit: pi/180 where the slider shows degrees
 
-# %% ../nbs/02a_viewer.ipynb #4f07c7c4
+# %% ../nbs/02a_viewer.ipynb #b9f93e88
 POSE = [Control("jaw", 0, "jaw open", 0, 30, DEGREE), Control("jaw", 1, "jaw left", -10, 10, DEGREE),
         Control("gaze", 0, "look up", -25, 25, DEGREE), Control("gaze", 1, "look left", -35, 35, DEGREE),
         Control("neck", 0, "nod", -25, 25, DEGREE), Control("neck", 1, "turn left", -45, 45, DEGREE), Control("neck", 2, "tilt", -25, 25, DEGREE)]
@@ -286,7 +238,7 @@ def words(
     "A unit's name in words"
     return re.sub(r"([A-Z])", lambda m: " " + m[1].lower(), name)
 
-# %% ../nbs/02a_viewer.ipynb #81da8bf3
+# %% ../nbs/02a_viewer.ipynb #acfb4e3e
 def panels(
     face,  # Face
     shown=10,  # how many components of a space without names get a slider
@@ -298,7 +250,7 @@ def panels(
     every = (units if names else dict(Expression=space("expression"))) | dict(Pose=POSE, Shape=space("identity"), Skin=space("albedo"))
     return {title: controls for title, controls in every.items() if controls}
 
-# %% ../nbs/02a_viewer.ipynb #e6532b38
+# %% ../nbs/02a_viewer.ipynb #f0981ef8
 def scene(
     face,  # Face
     height=520,  # of the picture, pixels
@@ -316,7 +268,7 @@ def scene(
     plot.camera, plot.layout = portrait(vertices), W.Layout(flex="1 1 0", min_width="320px")
     return plot, mesh, vertex_of
 
-# %% ../nbs/02a_viewer.ipynb #64bf12fb
+# %% ../nbs/02a_viewer.ipynb #c0a9c50d
 class HeadViewer(W.HBox):
     "A head that turns under the mouse, beside the sliders of its codes"
     def __init__(self,
@@ -330,7 +282,7 @@ class HeadViewer(W.HBox):
         super().__init__(layout=W.Layout(width="100%", align_items="flex-start"))
         self.children = [self.plot, self.desk()]
 
-# %% ../nbs/02a_viewer.ipynb #6dfc5301
+# %% ../nbs/02a_viewer.ipynb #6c9a2b69
 FRAME = 1 / 30  # seconds
 
 @patch
@@ -343,7 +295,7 @@ def draw(self: HeadViewer):
         self.vertices = self.face.vertices()
         self.mesh.vertices = self.vertices[self.vertex_of]
 
-# %% ../nbs/02a_viewer.ipynb #93198967
+# %% ../nbs/02a_viewer.ipynb #c62d1297
 @patch
 def refresh(self: HeadViewer,
     *codes,  # names of the codes that have changed
@@ -356,7 +308,7 @@ def refresh(self: HeadViewer,
     if wait <= 0 or loop is None: self.draw()
     elif self.pending is None: self.pending = loop.call_later(wait, self.draw)
 
-# %% ../nbs/02a_viewer.ipynb #a2cddab7
+# %% ../nbs/02a_viewer.ipynb #45eeff3a
 @patch
 def slider(self: HeadViewer,
     control,  # Control
@@ -372,7 +324,7 @@ def slider(self: HeadViewer,
     self.sliders[control.code, control.index] = s, control
     return s
 
-# %% ../nbs/02a_viewer.ipynb #e404f17e
+# %% ../nbs/02a_viewer.ipynb #a266d199
 @patch
 def slider_panels(self: HeadViewer):
     "The panels of sliders, one shown at a time"
@@ -382,7 +334,7 @@ def slider_panels(self: HeadViewer):
     W.jslink((choice, "index"), (stack, "selected_index"))
     return W.VBox([choice, stack])
 
-# %% ../nbs/02a_viewer.ipynb #6f9b9e78
+# %% ../nbs/02a_viewer.ipynb #514056f6
 @patch
 def set(self: HeadViewer,
     units=None,  # dict: name of a unit -> value; jawOpen is a rotation of the jaw
@@ -399,7 +351,7 @@ def set(self: HeadViewer,
     self.refresh(*(name for name in after if after[name] is not before[name]))
     return self
 
-# %% ../nbs/02a_viewer.ipynb #354c78ed
+# %% ../nbs/02a_viewer.ipynb #edc45ac5
 @patch
 def reset(self: HeadViewer):
     "Back to the neutral, average face"
@@ -416,7 +368,7 @@ def another(self: HeadViewer,
     if self.face.head.name == "open_head": codes["albedo"] = skin_codes(1, torch.Generator().manual_seed(int(rng.integers(1 << 31))))[0]
     return self.set(**codes)
 
-# %% ../nbs/02a_viewer.ipynb #351b5416
+# %% ../nbs/02a_viewer.ipynb #cc898eac
 @patch
 def emotion_buttons(self: HeadViewer):
     "A button for each emotion, and a slider for how strong it is"
@@ -429,7 +381,7 @@ def emotion_buttons(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.GridBox(buttons, layout=W.Layout(grid_template_columns="repeat(4, 1fr)")), strength])
 
-# %% ../nbs/02a_viewer.ipynb #6f942124
+# %% ../nbs/02a_viewer.ipynb #b18931cd
 @patch
 def save(self: HeadViewer,
     path,  # where to; the ending chooses .png, .obj (with .mtl and texture) or .glb
@@ -448,7 +400,7 @@ def file_row(self: HeadViewer):
     for b in buttons: b.on_click(press)
     return W.VBox([W.HBox([name, *buttons]), said])
 
-# %% ../nbs/02a_viewer.ipynb #c77dac9b
+# %% ../nbs/02a_viewer.ipynb #c5369e80
 @patch
 def desk(self: HeadViewer):
     "All controls: emotions, one panel of sliders at a time, files"
@@ -458,7 +410,7 @@ def desk(self: HeadViewer):
     emotions = [self.emotion_buttons()] if self.face.head.expression_names else []
     return W.VBox([*emotions, self.slider_panels(), W.HBox([reset, another]), self.file_row()], layout=W.Layout(flex="0 0 430px", width="430px"))
 
-# %% ../nbs/02a_viewer.ipynb #2351c84e
+# %% ../nbs/02a_viewer.ipynb #8f2c66bc
 @patch
 def _repr_mimebundle_(self: HeadViewer, **kwargs):
     still = base64.b64encode(png(self.face.picture(256, self.plot.camera))).decode()

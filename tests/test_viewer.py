@@ -12,7 +12,8 @@ from emoca_nb.core import EmocaError
 from emoca_nb.flame import FLAME
 from emoca_nb.open_head import EMOTIONS
 from emoca_nb.renderer import project
-from emoca_nb.viewer import FOV, Face, HeadViewer, panels, perspective, portrait, split_seams
+from emoca_nb.export import split_seams
+from emoca_nb.viewer import FOV, Face, HeadViewer, panels, perspective, portrait
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_png(viewer, tmp_path):
 
 def test_obj_keeps_topology_and_carries_the_skin(viewer, tmp_path):
     mesh = trimesh.load(viewer.save(tmp_path / "a.obj"), process=False, maintain_order=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mtl", "a.obj", "a_albedo.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mtl", "a.obj", "a_texture.png"]
     lines = (tmp_path / "a.obj").read_text().splitlines()
     vertices = np.array([line.split()[1:] for line in lines if line.startswith("v ")], float)
     np.testing.assert_allclose(vertices, viewer.vertices, atol=1e-6)
@@ -236,5 +237,5 @@ def test_a_layer_of_another_precision(dtype):
 
 def test_names_of_files(viewer, tmp_path):
     assert viewer.face.save(tmp_path / "a.PNG").is_file()
-    for name, words in ((tmp_path / "b c.obj", str(tmp_path)), ("~nobody_of_this_name/a.png", "not known"), (tmp_path / "a.jpg", "give .png")):
+    for name, words in ((tmp_path / "b c.obj", "'b c'"), ("~nobody_of_this_name/a.png", "not known"), (tmp_path / "a.jpg", "give .png")):
         with pytest.raises(EmocaError, match=words): viewer.face.save(name)
