@@ -4,31 +4,33 @@
 
 # %% auto #0
 __all__ = ['log', 'LABELS', 'RECORD', 'PROBLEM', 'VIDEO_SUFFIXES', 'SUFFIXES', 'TURN', 'CLASSES', 'TOISOUL', 'AFFECTNET',
-           'RAF_CLASSES', 'Sample', 'Skipped', 'Batch', 'collate', 'FaceDataset', 'class_number', 'image_folder',
-           'facial_expressions', 'class_index', 'consistent', 'affectnet', 'affectnet8', 'afew_va', 'folds',
-           'aff_wild2', 'raf_db', 'EpochSampler', 'balanced_weights', 'BalancedSampler', 'GroupSampler', 'FaceLoader',
-           'loader', 'vggface2', 'voxceleb2', 'Video', 'video_file']
+           'RAF_CLASSES', 'RECIPES', 'MIRROR_68', 'LAYOUTS', 'Sample', 'Skipped', 'Batch', 'collate', 'FaceDataset',
+           'class_number', 'image_folder', 'facial_expressions', 'class_index', 'consistent', 'affectnet', 'affectnet8',
+           'afew_va', 'folds', 'aff_wild2', 'raf_db', 'EpochSampler', 'balanced_weights', 'BalancedSampler',
+           'GroupSampler', 'FaceLoader', 'loader', 'vggface2', 'voxceleb2', 'Video', 'video_file', 'face_mask',
+           'parsed_mask', 'Recipe', 'Draws', 'draw', 'mirror', 'move', 'Augment', 'picture_notes', 'check_data',
+           'open_layout', 'check_data_command', 'KeptFaces']
 
-# %% ../nbs/03_data.ipynb #1477328c
-import copy, json, logging, math, os, re
+# %% ../nbs/03_data.ipynb #da757376
+import copy, hashlib, json, logging, math, os, re
 from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-import av, cv2, numpy as np, pandas as pd, torch
+import av, click, cv2, numpy as np, pandas as pd, PIL.Image, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from .core import BadFile, EmocaError, UnsafeFile, asset, load_npy, load_pickle
+from .core import BadFile, EmocaError, UnsafeFile, asset, atomic_write, load_npy, load_pickle, progress
 from .faces import Crop, crop_from_box, crop_from_landmarks, detect, read_image
 from .open_head import EMOTIONS
 
 log = logging.getLogger("emoca_nb")
 
-# %% ../nbs/03_data.ipynb #1a1375fb
+# %% ../nbs/03_data.ipynb #a8adcb0e
 @dataclass
 class Sample:
     "One face, cut out; None where something is not known."
@@ -54,7 +56,7 @@ class Skipped:
     index: int
     reason: str
 
-# %% ../nbs/03_data.ipynb #b6423bad
+# %% ../nbs/03_data.ipynb #2ef73f36
 @dataclass
 class Batch:
     "Faces side by side; NaN or -1 where something is not known."
@@ -72,7 +74,7 @@ class Batch:
 
     def __len__(self): return len(self.path)
 
-# %% ../nbs/03_data.ipynb #b2317428
+# %% ../nbs/03_data.ipynb #2baac688
 @patch
 def to(
     self: Batch,
@@ -85,7 +87,7 @@ def to(
         if parts[name] is not None and parts[name].dtype == torch.uint8: parts[name] = parts[name].float().div_(255 if name == "image" else 1)
     return Batch(**parts)
 
-# %% ../nbs/03_data.ipynb #27d61f76
+# %% ../nbs/03_data.ipynb #082d9e0d
 def _stack(parts, shape, dtype=torch.float32, absent=math.nan):
     "Tensors side by side, `absent` where there is none."
     return torch.stack([torch.full(shape, absent, dtype=dtype) if p is None else torch.as_tensor(p, dtype=dtype) for p in parts])
@@ -97,7 +99,7 @@ def _optional(parts, dtype=torch.float32):
     if len(shapes) > 1: raise EmocaError(f"samples of different shapes in one batch: {sorted(shapes)}")
     return _stack(parts, shapes.pop(), torch.float32 if None in parts else dtype) if shapes else None
 
-# %% ../nbs/03_data.ipynb #0745ca5f
+# %% ../nbs/03_data.ipynb #9a6cb75d
 def collate(
     samples: list,  # of `Sample` and `Skipped`
     group: int = 1,  # how many neighbours belong together
@@ -116,7 +118,7 @@ def collate(
         mask=_optional([s.mask for s in good], torch.uint8), action_units=_optional([s.action_units for s in good]),
         skipped=[s for s in samples if isinstance(s, Skipped)])
 
-# %% ../nbs/03_data.ipynb #b87cbe9d
+# %% ../nbs/03_data.ipynb #744e5ae3
 LABELS = ("path", "expression", "valence", "arousal", "identity", "video", "frame")
 RECORD = {  # what a record may hold
     "path": "the picture, or the video",
@@ -133,7 +135,7 @@ RECORD = {  # what a record may hold
 }
 PROBLEM = ["row", "path", "kind", "reason"]
 
-# %% ../nbs/03_data.ipynb #e61a5236
+# %% ../nbs/03_data.ipynb #240d6fd0
 def _problems(rows, paths, kind, reason):
     "A table of problems; `reason` is one text, or one for each row."
     paths = list(paths)
@@ -152,7 +154,7 @@ def _label_reasons(table):
     out[twice & (out == "")] = "the same picture as in a row before"
     return out
 
-# %% ../nbs/03_data.ipynb #38dec546
+# %% ../nbs/03_data.ipynb #98a8cc06
 def _table(records):
     "Records as a table with every column; labels as numbers, NaN where absent."
     table = pd.DataFrame(records)
@@ -164,7 +166,7 @@ def _table(records):
     table["path"] = [os.fspath(p) if isinstance(p, (str, os.PathLike)) else None for p in table.path]
     return table
 
-# %% ../nbs/03_data.ipynb #da0700f6
+# %% ../nbs/03_data.ipynb #e20d5e32
 VIDEO_SUFFIXES = frozenset(".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg".split())
 SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2 .avif".split())
 TURN = 1 << 40  # row + TURN * epoch names a face and its draw
@@ -202,10 +204,10 @@ class FaceDataset(Dataset):
         rule = dict(scale=scale, shift=shift, margin=margin, crop=crop, detector=detector, stretch=stretch, order=order, antialias=antialias)
         self.rules = (dict(rule, smallest=smallest, seed=seed),)
         self._fill(table[reasons == ""])
-        self.max_bad = max_bad
+        self.max_bad, self.store, self.slot = max_bad, None, None
         if len(self.problems): log.warning("%s", self.summary())
 
-# %% ../nbs/03_data.ipynb #05eb06bd
+# %% ../nbs/03_data.ipynb #78e16f88
 @patch
 def _fill(self: FaceDataset, table):
     "Keep the table's columns as arrays, which workers share with their parent."
@@ -225,7 +227,7 @@ def _fill(self: FaceDataset, table):
     self.rule = np.zeros(len(table), np.int64)
     self._begin()
 
-# %% ../nbs/03_data.ipynb #7855050f
+# %% ../nbs/03_data.ipynb #a40acc3c
 def _arrays(values, shape, paths):
     "Arrays of one shape as one array, NaN where there is none; None where there is none at all."
     there = [i for i, v in enumerate(values) if v is not None and not isinstance(v, (str, os.PathLike))]
@@ -244,7 +246,7 @@ def _begin(self: FaceDataset):
     self.person = pd.factorize(names, sort=False)[0].astype(np.int64)
     self.state = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
-# %% ../nbs/03_data.ipynb #b01d876c
+# %% ../nbs/03_data.ipynb #af0066ec
 @patch
 def __len__(self: FaceDataset): return len(self.paths)
 
@@ -268,7 +270,7 @@ def labels(self: FaceDataset) -> pd.DataFrame:  # columns `LABELS`; expression a
     columns = dict(path=self.paths, expression=self.expression, valence=self.valence, arousal=self.arousal, identity=self.identity, video=self.video)
     return pd.DataFrame({**columns, "frame": self.frame}, columns=list(LABELS))
 
-# %% ../nbs/03_data.ipynb #95feaea5
+# %% ../nbs/03_data.ipynb #15bfa592
 def _whole(width, height, size):
     "The whole picture, as it is where it has the crop's size."
     return Crop(((width - 1) / 2, (height - 1) / 2), max(width, height) - 1, size)
@@ -290,7 +292,7 @@ def _crop(self: FaceDataset, i, epoch, image, points, box, rule):
     if crop.side < rule["smallest"]: raise BadFile(self.paths[i], f"a face of {rule['smallest']} pixels or more", f"{crop.side:.0f}")
     return crop
 
-# %% ../nbs/03_data.ipynb #912bdac2
+# %% ../nbs/03_data.ipynb #7060b10b
 def _overlap(a, b):
     "Common part of two boxes over their union."
     common = np.prod(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0))
@@ -304,7 +306,7 @@ def _find(self: FaceDataset, i, image, box, detector):
     if not faces: raise BadFile(self.paths[i], "a face", f"none ({detector})")
     return (faces[0] if box is None else max(faces, key=lambda f: _overlap(f.box, box))).landmarks
 
-# %% ../nbs/03_data.ipynb #afbf10e8
+# %% ../nbs/03_data.ipynb #dbab2458
 def _landmark_file(path):
     "68 points from a .npy file, (68,2) pixels."
     a = load_npy(path)
@@ -322,13 +324,14 @@ def _points(self: FaceDataset, i, image, box, detector):
     if points is not None and not np.isfinite(points).all(): raise BadFile(self.paths[i], "landmarks that are numbers", "NaN or infinity")
     return points
 
-# %% ../nbs/03_data.ipynb #4ea66c0c
+# %% ../nbs/03_data.ipynb #35cabe3e
 def _face_mask_file(path, shape):
     "A mask of a picture's size, (H,W) bool, true on the face."
     mask = load_npy(path) if str(path).endswith(".npy") else read_image(path)[..., 0] / 255
     if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "fiub" or mask.squeeze().shape != shape:
         raise BadFile(path, f"a mask of shape {shape}", f"{np.shape(mask)}")
-    return mask.squeeze() > 0.5
+    labels = mask.dtype.kind in "iu" and 1 < mask.max(initial=0) < 19 and mask.min() >= 0
+    return parsed_mask(mask.squeeze()) if labels else mask.squeeze() > 0.5
 
 
 @patch
@@ -344,7 +347,7 @@ def _pixels(self: FaceDataset, i, epoch=0):
     return (cut(image, order=rule["order"], antialias=rule["antialias"]), None if points is None else torch.as_tensor(crop.points(points), dtype=torch.float32),
             None if mask is None else (cut(mask[..., None].astype(np.uint8) * 255) > 127).byte())
 
-# %% ../nbs/03_data.ipynb #d2cb8833
+# %% ../nbs/03_data.ipynb #98277522
 def _stretched(stretch, image, points, box, mask):
     "Frame, points, box and mask with square pixels."
     width, height, shown = stretch
@@ -360,7 +363,7 @@ def _picture(self: FaceDataset, i):
     path = self.paths[i]
     return _frame(path, int(self.frame[i])) if Path(path).suffix.lower() in VIDEO_SUFFIXES else read_image(path)
 
-# %% ../nbs/03_data.ipynb #c02abc85
+# %% ../nbs/03_data.ipynb #06b0dc1a
 @patch
 def __getitem__(
     self: FaceDataset,
@@ -407,7 +410,7 @@ def _reason(e):
     "What an error says, without the path."
     return f"{e.args[2]} instead of {e.args[1]}" if isinstance(e, BadFile) else str(e)
 
-# %% ../nbs/03_data.ipynb #f2ba6b86
+# %% ../nbs/03_data.ipynb #9b0d68ea
 @patch
 def subset(
     self: FaceDataset,
@@ -425,9 +428,9 @@ def subset(
     return out
 
 
-_COLUMNS = "rows paths expression frame valence arousal identity video mask_files landmark_files landmarks boxes action_units rule".split()
+_COLUMNS = "rows paths expression frame valence arousal identity video mask_files landmark_files landmarks boxes action_units rule slot".split()
 
-# %% ../nbs/03_data.ipynb #381a3aac
+# %% ../nbs/03_data.ipynb #b5a75ca7
 @patch
 def split(
     self: FaceDataset,
@@ -451,7 +454,7 @@ def _groups(self: FaceDataset, by):
     names = self.identity if by == "identity" else self.video
     return pd.factorize(pd.Series([i if n is None else (r, n) for i, (r, n) in enumerate(zip(self.rule, names))], dtype=object))[0]
 
-# %% ../nbs/03_data.ipynb #3b884df7
+# %% ../nbs/03_data.ipynb #5c34859f
 @patch
 def __add__(
     self: FaceDataset,
@@ -459,6 +462,7 @@ def __add__(
 ) -> FaceDataset:
     "Both sets as one; each keeps its way of cutting."
     if self.size != other.size: raise EmocaError(f"crops of {self.size} and of {other.size} pixels do not go together")
+    if self.store is not None or other.store is not None: raise EmocaError("join the data sets first, then keep their crops")
     out = copy.copy(self)
     for name in _COLUMNS: setattr(out, name, _joined(getattr(self, name), getattr(other, name), len(self), len(other)))
     out.rule, out.rules = np.concatenate([self.rule, other.rule + len(self.rules)]), self.rules + other.rules
@@ -472,7 +476,7 @@ def _joined(a, b, n, m):
     shape = (a if a is not None else b).shape[1:]
     return np.concatenate([np.full((k, *shape), np.nan, np.float32) if v is None else v for v, k in ((a, n), (b, m))])
 
-# %% ../nbs/03_data.ipynb #c3c49251
+# %% ../nbs/03_data.ipynb #82d01a61
 _NAMES = {name.lower(): k for k, name in enumerate(EMOTIONS)} | {
     "happiness": 1, "sadness": 2, "surprised": 3, "fearful": 4, "afraid": 4, "disgusted": 5, "angry": 6} | {str(k): k for k in range(8)}
 
@@ -500,7 +504,7 @@ def _folder(root):
     if not os.path.isdir(root): raise EmocaError(f"{root}: {'this is a file' if os.path.exists(root) else 'there is no such folder'}; give the folder of the data set")
     return Path(root)
 
-# %% ../nbs/03_data.ipynb #b16b3690
+# %% ../nbs/03_data.ipynb #95fdef41
 def _csv(path, columns):
     "A csv file as text columns, which must be among them."
     if not os.path.isfile(path): raise BadFile(path, f"a csv file with the columns {', '.join(columns)}", "no such file")
@@ -524,7 +528,7 @@ def facial_expressions(
     records = pd.DataFrame(dict(path=[str(Path(root) / "images" / n) for n in table.image], expression=expression, identity=person), index=table.index)
     return FaceDataset(records[~bad], **{"name": "facial_expressions", "problems": problems, **options})
 
-# %% ../nbs/03_data.ipynb #629a36fc
+# %% ../nbs/03_data.ipynb #76ee81df
 CLASSES = {8: (0, 1, 2, 3, 4, 5, 6, 7), 7: (0, 1, 2, 3, 4, 5, 6), 5: (0, 1, 2, 3, 6)}
 
 
@@ -537,7 +541,7 @@ def class_index(
     table[list(CLASSES[classes])] = torch.arange(classes)
     return table.to(expression.device)[expression]
 
-# %% ../nbs/03_data.ipynb #1c39b963
+# %% ../nbs/03_data.ipynb #851d8e7a
 def _numbers(column): return pd.to_numeric(column, errors="coerce").astype(float)
 
 
@@ -549,7 +553,7 @@ def _csv_points(column):
         except ValueError: pass
     return out.reshape(-1, 68, 2)
 
-# %% ../nbs/03_data.ipynb #ba5539bb
+# %% ../nbs/03_data.ipynb #4ca6ad3c
 def consistent(
     expression: np.ndarray,  # (N,) 0..7
     valence: np.ndarray,  # (N,)
@@ -561,7 +565,7 @@ def consistent(
     rules = [r < 0.2, (v > 0) & far, (v < 0) & far, (a > 0) & far, (a >= 0) & (v <= 0) & far, (v < 0) & far, (a > 0) & far, (v < 0) & far]
     return np.select([expression == k for k in range(8)], rules, False)
 
-# %% ../nbs/03_data.ipynb #aa53b652
+# %% ../nbs/03_data.ipynb #53c67300
 TOISOUL = {"training_emonet_split": (), "validation_emonet_split": ("val", False), "validation_emonet_split_clean": ("val", True),
            "testing_emonet_split": ("test", False), "testing_emonet_split_clean": ("test", True)}
 AFFECTNET = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks", "expression", "valence", "arousal"]
@@ -587,7 +591,7 @@ def _affectnet_problems(table, ignore_invalid, classes):
     if classes != 8: leave(~e.isin(CLASSES[classes]), "rule", f"not among the {classes} classes")
     return kind, reason
 
-# %% ../nbs/03_data.ipynb #a7987d35
+# %% ../nbs/03_data.ipynb #01da9077
 def affectnet(
     root,  # the folder with training.csv and validation.csv
     split: str = "training",  # "training", "validation", or one of Toisoul's (below)
@@ -611,7 +615,7 @@ def affectnet(
     problems = _problems(table.index[left], pd.Series(paths, index=table.index)[left], kind[left], reason[left])
     return FaceDataset(records[~left], **{"name": f"AffectNet {split}", "problems": problems, **options})
 
-# %% ../nbs/03_data.ipynb #c51d63c8
+# %% ../nbs/03_data.ipynb #a117b60f
 def _affectnet_table(root, split, emonet):
     "The rows of a split, as numbers."
     file = root / f"{split}.csv"
@@ -624,7 +628,7 @@ def _affectnet_table(root, split, emonet):
     return pd.DataFrame(dict(subDirectory_filePath=table.subDirectory_filePath, expression=numbers.expression, valence=numbers.valence, arousal=numbers.arousal,
                              points=list(points), box=list(box), broken=np.isnan(points).any((1, 2))), index=table.index)
 
-# %% ../nbs/03_data.ipynb #acb88e42
+# %% ../nbs/03_data.ipynb #3e20e918
 def _short(path): return "/".join(str(path).replace("\\", "/").split("/")[-2:])
 
 
@@ -650,7 +654,7 @@ def _toisoul(root, split, emonet):
         except (KeyError, ValueError, TypeError): raise BadFile(path, f"a number called {name} for each picture", "something else") from None
     return table[(table.expression_correct != 0) & (table.expression != 8)]
 
-# %% ../nbs/03_data.ipynb #b84dabfa
+# %% ../nbs/03_data.ipynb #da96535e
 def affectnet8(
     root,  # the folder with train_set/ and val_set/
     split: str = "train",  # or "val"
@@ -675,7 +679,7 @@ def _annotations(folder):
     read = lambda n, kind: str(np.asarray(load_npy(folder / f"{n}_{kind}.npy")).item())
     return pd.DataFrame([dict(number=n, **{kind: read(n, kind) for kind in ("exp", "val", "aro")}) for n in stems], columns=["number", "exp", "val", "aro"])
 
-# %% ../nbs/03_data.ipynb #9a029e27
+# %% ../nbs/03_data.ipynb #da9b5f8b
 def _json(path):
     "The dict in a json file."
     try: out = json.loads(Path(path).read_text("utf-8"))
@@ -705,7 +709,7 @@ def afew_va(
     bad = why != ""
     return FaceDataset(records[~bad], **{"name": "AFEW-VA", "problems": _problems(records.index[bad], records.path[bad], "skipped", why[bad]), "stretch": (720, 576, 960), **options})
 
-# %% ../nbs/03_data.ipynb #6dc94bfd
+# %% ../nbs/03_data.ipynb #e63fd2b4
 def _afew_frame(file, frame, said, actor):
     "The record of a frame, and what is wrong with it."
     valence, arousal = (_number(said.get(k), 10) for k in ("valence", "arousal"))
@@ -729,7 +733,7 @@ def folds(
     names = [set(p.rows.tolist()) for p in parts]
     return [(dataset.subset(np.array([r not in held for r in dataset.rows.tolist()], bool)), part) for part, held in zip(parts, names)]
 
-# %% ../nbs/03_data.ipynb #ba36d26d
+# %% ../nbs/03_data.ipynb #7b6fdd11
 _SETS = {"va": ("va", "valence"), "expr": ("expr", "neutral"), "au": ("au", "au")}
 
 
@@ -741,7 +745,7 @@ def _annotation_files(root, task, split):
     if not files: raise BadFile(root, f"text files in a folder such as {task.upper()}_Set/{split.capitalize()}_Set", "none")
     return files
 
-# %% ../nbs/03_data.ipynb #550db226
+# %% ../nbs/03_data.ipynb #49097295
 def _aff_wild_columns(path, task):
     "The labels of a file's frames, and which frames are labelled."
     lines = path.read_text("utf-8-sig", errors="replace").splitlines()
@@ -759,7 +763,7 @@ def _float(text):
     try: return float(text)
     except ValueError: return math.nan
 
-# %% ../nbs/03_data.ipynb #92f226bf
+# %% ../nbs/03_data.ipynb #a1960549
 def _aff_wild_labels(header, table, task):
     "Columns of a record, the reason of leaving a row out (or the empty text), and its kind."
     kind, reason = np.full(len(table), "", object), np.full(len(table), "", object)
@@ -780,7 +784,7 @@ def _aff_wild_labels(header, table, task):
     leave(expression < 0, "rule", "a class other than the eight")
     return dict(expression=expression), kind, reason
 
-# %% ../nbs/03_data.ipynb #b77417d5
+# %% ../nbs/03_data.ipynb #5adb48df
 def aff_wild2(
     root,  # the folder with the annotations and the pictures
     task: str = "va",  # "va", "expr" or "au"
@@ -806,7 +810,7 @@ def aff_wild2(
     out.unit_names = units
     return out
 
-# %% ../nbs/03_data.ipynb #d32b3198
+# %% ../nbs/03_data.ipynb #2f58472f
 RAF_CLASSES = {1: 3, 2: 4, 3: 5, 4: 1, 5: 2, 6: 6, 7: 0}
 
 
@@ -838,7 +842,7 @@ def raf_db(
     records = pd.DataFrame(rows, columns=["path", "expression", "box"])
     return FaceDataset(records, **{"name": f"RAF-DB {split}", "problems": pd.concat(problems, ignore_index=True) if problems else None, **options})
 
-# %% ../nbs/03_data.ipynb #78582bc0
+# %% ../nbs/03_data.ipynb #d4fcd95c
 class EpochSampler(Sampler):
     "An order of faces for each epoch."
 
@@ -869,7 +873,7 @@ class EpochSampler(Sampler):
     def __len__(self): return self.n
     def __iter__(self): return iter((self.order(self.epoch) + self.epoch * TURN).tolist())
 
-# %% ../nbs/03_data.ipynb #885e0bc4
+# %% ../nbs/03_data.ipynb #5f4283f7
 def balanced_weights(
     labels: pd.DataFrame,  # `FaceDataset.labels`
     by: str = "expression",  # "expression", "valence", "arousal", "va" (both together)
@@ -887,7 +891,7 @@ def balanced_weights(
     weights[there] = 1 / count[number.reshape(-1)]
     return weights
 
-# %% ../nbs/03_data.ipynb #2f55e7b9
+# %% ../nbs/03_data.ipynb #a7efb2d6
 class BalancedSampler(EpochSampler):
     "Faces drawn with repetition, by weight."
 
@@ -909,7 +913,7 @@ class BalancedSampler(EpochSampler):
         draws = np.random.default_rng([self.seed, epoch]).random(self.n) * self.share[-1]
         return np.searchsorted(self.share, draws, side="right")
 
-# %% ../nbs/03_data.ipynb #ae1e679a
+# %% ../nbs/03_data.ipynb #c37c29bb
 class GroupSampler(EpochSampler):
     "K pictures of the same person side by side."
 
@@ -945,7 +949,7 @@ class GroupSampler(EpochSampler):
         first = draw.integers(rest + 1)
         return members[first : first + len(members) - rest]
 
-# %% ../nbs/03_data.ipynb #30f78b3d
+# %% ../nbs/03_data.ipynb #fe60d8a1
 def _one_thread(worker): cv2.setNumThreads(0)
 
 
@@ -973,7 +977,7 @@ class FaceLoader(DataLoader):
         reasons = Counter(s.reason for s in self.skipped).most_common(5)
         return f"{self.dataset.name}: {len(self.skipped)} of {len(self.sampler)} faces skipped ({'; '.join(f'{n} x {reason}' for reason, n in reasons)})"
 
-# %% ../nbs/03_data.ipynb #38576754
+# %% ../nbs/03_data.ipynb #347f7183
 def loader(
     dataset: FaceDataset,
     batch_size: int = 32,  # faces
@@ -992,7 +996,7 @@ def loader(
     return FaceLoader(dataset, device, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=partial(collate, group=group),
                       drop_last=drop_last, persistent_workers=workers > 0, worker_init_fn=_one_thread, pin_memory=str(device).startswith("cuda"))
 
-# %% ../nbs/03_data.ipynb #050153cb
+# %% ../nbs/03_data.ipynb #fbffe435
 def _names(list_file, columns):
     "Names in an array file, each once, in their order."
     a = load_npy(list_file)
@@ -1014,7 +1018,7 @@ def _grouped(root, pictures, landmarks, masks, list_file, columns, suffix, name,
     if suffix == ".png": records |= dict(video=clip, frame=frame)
     return FaceDataset(pd.DataFrame(records), **{"name": name, **options})
 
-# %% ../nbs/03_data.ipynb #d903e228
+# %% ../nbs/03_data.ipynb #843bc6a2
 def vggface2(
     root,  # the folder with train/
     list_file=None,  # .npy array of names such as n000001/0001_01; None: all pictures
@@ -1038,7 +1042,7 @@ def voxceleb2(
     "VoxCeleb2, by identity."
     return _grouped(root, pictures, landmarks, masks, list_file, None, ".png", "VoxCeleb2", options)
 
-# %% ../nbs/03_data.ipynb #d9dc4ea2
+# %% ../nbs/03_data.ipynb #bc222ae5
 class Video:
     "Frames of a video file, decoded when they are asked for."
 
@@ -1067,7 +1071,7 @@ class Video:
 
     def __len__(self): return len(self.times)
 
-# %% ../nbs/03_data.ipynb #f370bb2a
+# %% ../nbs/03_data.ipynb #9003724d
 @patch
 def __getitem__(
     self: Video,
@@ -1098,7 +1102,7 @@ def _seek(self: Video, i):
     self.file.seek(self._key(i), stream=self.stream)
     self.frames, self.next = self.file.decode(self.stream), i
 
-# %% ../nbs/03_data.ipynb #fb9bce0c
+# %% ../nbs/03_data.ipynb #b864bb30
 @lru_cache(maxsize=4)
 def _open_video(path, process): return Video(path)
 
@@ -1116,3 +1120,361 @@ def video_file(
     "The frames of a video as faces."
     frames = range(0, len(Video(path)), every)
     return FaceDataset(pd.DataFrame(dict(path=os.fspath(path), video=Path(path).stem, frame=list(frames)), index=list(frames)), **{"name": Path(path).name, **options})
+
+# %% ../nbs/03_data.ipynb #434b7570
+def face_mask(
+    landmarks: Tensor,  # (B,N,2) in [-1,1]; 68 points where a forehead is asked for
+    size: int = 224,  # of the mask, pixels
+    forehead: float = 0.0,  # of the height from chin to brows
+) -> Tensor:  # (B,1,size,size) 1 inside the hull; NaN where landmarks are absent
+    "Convex hulls of landmarks."
+    points = landmarks.detach().float().cpu()
+    if forehead: points = torch.cat([points, points[:, 17:27] + forehead * (points[:, 17:27].mean(1, keepdim=True) - points[:, 8:9])], 1)
+    pixels = ((points + 1) * (size / 2) - 0.5).numpy()
+    out = np.full((len(pixels), size, size), np.nan, np.float32)
+    for page, p in zip(out, pixels):
+        if not np.isfinite(p).all(): continue
+        page[:] = 0
+        cv2.fillConvexPoly(page, cv2.convexHull((p.clip(-size, 2 * size) * 16).round().astype(np.int32)), 1.0, shift=4)
+    return torch.from_numpy(out)[:, None].to(landmarks.device)
+
+# %% ../nbs/03_data.ipynb #59eba41f
+_PARSED = np.isin(np.arange(19), [1, 2, 3, 4, 5, 6, 10, 11, 12, 13])  # skin, brows, eyes, glasses, nose, mouth, lips
+
+
+def parsed_mask(
+    labels: np.ndarray,  # (H,W) 0..18, labels of face-parsing.PyTorch
+) -> np.ndarray:  # (H,W) bool
+    "Where a label map shows the face."
+    return _PARSED[labels]
+
+# %% ../nbs/03_data.ipynb #283b2ab8
+@dataclass(frozen=True)
+class Recipe:
+    "What may happen to a picture; a range of None: that thing does not."
+    zoom: tuple = (1.0, 1.0)
+    rotate: float = 0.0  # degrees, to either side
+    shift: float = 0.0  # part of the picture, to either side
+    flip: float = 0.0  # chance of a mirror image
+    jpeg: tuple | None = None  # quality, 1..100
+    noise: tuple | None = None  # standard deviation, of 255
+    blur: tuple | None = None  # standard deviation, pixels
+    sharpen: tuple | None = None  # 0..1
+
+
+_ONE_OF = dict(jpeg=(50.0, 90.0), noise=(0.0, 10.0), blur=(0.0, 1.5), sharpen=(0.0, 0.5))
+RECIPES = {"none": Recipe(), "flip": Recipe(flip=0.5), "emoca": Recipe((0.9, 1.1), 10, 0.05, **_ONE_OF), "emotion": Recipe((0.8, 1.2), 10, 0.1, **_ONE_OF)}
+
+# %% ../nbs/03_data.ipynb #59b7c4c5
+@dataclass(frozen=True)
+class Draws:
+    "What happens to each picture of a batch."
+    flip: Tensor  # (B,) bool
+    matrix: Tensor  # (B,2,3) of the affine motion, in [-1,1]
+    kind: Tensor  # (B,) int: position in jpeg, noise, blur, sharpen; 4: nothing
+    amount: Tensor  # (B,) quality, standard deviation or alpha
+
+
+def draw(
+    recipe: Recipe,
+    n: int,  # pictures
+    generator: torch.Generator,
+) -> Draws:
+    "Chance, for a batch."
+    u = torch.rand(7, n, generator=generator, dtype=torch.float64)
+    zoom = recipe.zoom[0] + u[0] * (recipe.zoom[1] - recipe.zoom[0])
+    angle = torch.deg2rad(recipe.rotate * (2 * u[1] - 1))
+    c, s = zoom * angle.cos(), zoom * angle.sin()
+    move = 2 * recipe.shift * (2 * u[2:4] - 1)
+    ranges = [getattr(recipe, name) for name in _ONE_OF]
+    possible = torch.tensor([i for i, r in enumerate(ranges) if r is not None] + [4])
+    kind = possible[(u[4] * len(possible)).long()]
+    low, high = torch.tensor([r or (0, 0) for r in ranges] + [(0, 0)], dtype=torch.float64)[kind].unbind(1)
+    matrix = torch.stack([c, -s, move[0], s, c, move[1]], 1).reshape(n, 2, 3)
+    return Draws(u[6] < recipe.flip, matrix.float(), kind, (low + u[5] * (high - low)).float())
+
+# %% ../nbs/03_data.ipynb #1ed7d788
+_SWAPS = [(i, 16 - i) for i in range(8)] + [(17 + i, 26 - i) for i in range(5)] + [(31, 35), (32, 34)] + [(36, 45), (37, 44), (38, 43), (39, 42), (40, 47), (41, 46)]
+_SWAPS += [(48, 54), (49, 53), (50, 52), (55, 59), (56, 58), (60, 64), (61, 63), (65, 67)]
+MIRROR_68 = list(range(68))
+for _a, _b in _SWAPS: MIRROR_68[_a], MIRROR_68[_b] = _b, _a
+
+
+def mirror(
+    image: Tensor,  # (...,H,W) pictures or masks
+    landmarks: Tensor | None = None,  # (...,68,2) in [-1,1]
+):  # the mirror image, and its landmarks where some are given
+    "Left and right exchanged."
+    if landmarks is None: return image.flip(-1)
+    return image.flip(-1), landmarks[..., MIRROR_68, :] * landmarks.new_tensor([-1, 1])
+
+# %% ../nbs/03_data.ipynb #d0f9e816
+def _moved(image, matrix):
+    "Pictures after an affine motion in [-1,1], black where nothing was."
+    full = torch.cat([matrix, matrix.new_tensor([[[0, 0, 1]]]).expand(len(matrix), 1, 3)], 1)
+    grid = F.affine_grid(full.inverse()[:, :2], image.shape, align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def move(
+    batch: Batch,
+    draws: Draws,
+) -> Batch:
+    "Picture, landmarks and mask in motion together."
+    flip, matrix = draws.flip.to(batch.image.device), draws.matrix.to(batch.image.device)
+    mirrored, points = mirror(batch.image, batch.landmarks)
+    pick = lambda new, old: torch.where(flip.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    image, points = _moved(pick(mirrored, batch.image), matrix), pick(points, batch.landmarks)
+    points = points @ matrix[:, :, :2].mT + matrix[:, None, :, 2]
+    mask = None
+    if batch.mask is not None:
+        absent = batch.mask.isnan().flatten(1).any(1)
+        mask = _moved(pick(mirror(batch.mask), batch.mask), matrix)
+        mask[absent] = math.nan
+    return replace(batch, image=image, landmarks=points, mask=mask)
+
+# %% ../nbs/03_data.ipynb #b2ec25fd
+def _jpeg(x, quality, generator):
+    from kornia.enhance import jpeg_codec_differentiable
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
+    return jpeg_codec_differentiable(padded, quality)[..., :height, :width]
+
+
+def _noise(x, sigma, generator):
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    return x + noise * (sigma / 255)[:, None, None, None]
+
+
+def _blur(x, sigma, generator):
+    from kornia.filters import gaussian_blur2d
+    return gaussian_blur2d(x, 9, sigma.clamp_min(1e-3)[:, None].expand(-1, 2), "replicate")
+
+
+def _sharpen(x, alpha, generator):
+    from kornia.filters import filter2d
+    kernel = x.new_tensor([[-1, -1, -1], [-1, 8, -1], [-1, -1, -1]]) * alpha[:, None, None]
+    kernel[:, 1, 1] += 1
+    return filter2d(x, kernel, "replicate")
+
+
+_CHANGES = (_jpeg, _noise, _blur, _sharpen)
+
+# %% ../nbs/03_data.ipynb #de43809a
+class Augment(nn.Module):
+    "The recipe's chance on a batch; landmarks and mask move along."
+
+    def __init__(
+        self,
+        recipe: str | Recipe = "emoca",  # a name from `RECIPES`, or one's own
+        seed: int = 0,
+    ):
+        super().__init__()
+        if isinstance(recipe, str) and recipe not in RECIPES: raise EmocaError(f"there is no recipe {recipe!r}; choose {', '.join(RECIPES)}, or make a Recipe")
+        self.recipe, self.seed = RECIPES[recipe] if isinstance(recipe, str) else recipe, seed
+
+    @torch.no_grad()
+    def forward(
+        self,
+        batch: Batch,  # float pictures
+        step: int,  # of the training; the draws belong to (seed, step)
+    ) -> Batch:
+        "The batch after its step's draws."
+        if self.recipe == Recipe(): return batch
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0]))
+        draws = draw(self.recipe, len(batch), generator)
+        batch = move(batch, draws)
+        kind, image = draws.kind.to(batch.image.device), batch.image.clone()
+        for k, change in enumerate(_CHANGES):
+            if (rows := kind == k).any(): image[rows] = change(image[rows], draws.amount.to(image.device)[rows], generator)
+        return replace(batch, image=image.clamp(0, 1))
+
+# %% ../nbs/03_data.ipynb #09f4bc6e
+_MODES = {"CMYK": "CMYK colours", "L": "a grey picture", "1": "a black and white picture", "LA": "a grey picture with transparency", "RGBA": "transparency", "PA": "transparency",
+          "I": "more than 8 bits", "I;16": "more than 8 bits", "I;16B": "more than 8 bits", "F": "more than 8 bits"}
+_FORMATS = {"JPEG": ".jpg .jpeg", "MPO": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif .tiff", "GIF": ".gif", "PPM": ".ppm .pgm", "JPEG2000": ".jp2", "AVIF": ".avif"}
+
+
+def picture_notes(
+    path,  # of a readable picture
+) -> list[str]:
+    "What may surprise about a picture."
+    with PIL.Image.open(path) as im:
+        notes = [f"a {im.format} file called {Path(path).suffix}"] if Path(path).suffix.lower() not in _FORMATS.get(im.format, "").split() else []
+        if im.mode in _MODES: notes.append(_MODES[im.mode])
+        try: turned = im.getexif().get(0x0112, 1) != 1
+        except Exception: turned = False
+    return notes + ["turned by its EXIF tag"] * turned
+
+# %% ../nbs/03_data.ipynb #16cf66c1
+@patch
+def _inspect(self: FaceDataset, i):
+    "Problems of one face: (kind, reason)."
+    try: sample = self[i]
+    except _ABSENT as e: return [("skipped", _reason(e))]
+    notes = [] if Path(self.paths[i]).suffix.lower() in VIDEO_SUFFIXES else picture_notes(self.paths[i])
+    if sample.landmarks is not None and not (sample.landmarks.mean(0).abs() < 1).all(): notes.append("landmarks beyond the crop")
+    if sample.landmarks is not None and float(sample.image.float().std()) < 1: notes.append("a crop of one colour")
+    return [("note", n) for n in notes]
+
+
+class _Inspected(Dataset):
+    def __init__(self, faces): self.faces = faces
+    def __len__(self): return len(self.faces)
+    def __getitem__(self, i): return [(i, kind, reason) for kind, reason in self.faces._inspect(i)]
+
+# %% ../nbs/03_data.ipynb #ae184f75
+def check_data(
+    data,  # a FaceDataset, a list of them, or the folder of a publisher's data set
+    layout: str | None = None,  # one of `LAYOUTS` for a folder; None: guessed
+    workers: int = 0,  # processes that read
+) -> pd.DataFrame:  # columns set, row, path, kind (skipped, rule, note), reason
+    "All that is wrong with a data set, in one pass."
+    sets = [data] if isinstance(data, FaceDataset) else data if isinstance(data, list) else open_layout(data, layout)
+    out = []
+    for faces in sets:
+        seen = DataLoader(_Inspected(faces), 32, num_workers=workers, collate_fn=list, worker_init_fn=_one_thread)
+        found = [(faces.rows[i], faces.paths[i], kind, reason) for batch in progress(seen, faces.name) for problems in batch for i, kind, reason in problems]
+        out.append(pd.concat([faces.problems, pd.DataFrame(found, columns=PROBLEM)], ignore_index=True).assign(set=faces.name))
+    return pd.concat(out, ignore_index=True)[["set", *PROBLEM]]
+
+# %% ../nbs/03_data.ipynb #278320ad
+def _glob(root, *patterns): return any(next(root.glob(p), None) is not None for p in patterns)
+
+
+def _affectnet_splits(root, **options):
+    names = ("training", "validation", *TOISOUL, "validation_representative_emonet_split")
+    return [affectnet(root, n, **options) for n in names if (root / f"{n}.csv").exists()]
+
+
+def _aff_wild_splits(root, **options):
+    out = []
+    for task in _SETS:
+        for split in ("train", "validation"):
+            try: _annotation_files(root, task, split)
+            except BadFile: continue
+            out.append(aff_wild2(root, task, split, **options))
+    return out
+
+
+LAYOUTS = {  # name: is this folder one, and how to read all of it
+    "affectnet": (lambda r: _glob(r, "training.csv", "validation.csv"), _affectnet_splits),
+    "affectnet8": (lambda r: _glob(r, "train_set/images", "val_set/images"), lambda r, **o: [affectnet8(r, s, **o) for s in ("train", "val") if (r / f"{s}_set").is_dir()]),
+    "facial_expressions": (lambda r: _glob(r, "data/legend.csv"), lambda r, **o: [facial_expressions(r, **o)]),
+    "raf_db": (lambda r: _glob(r, "**/list_patition_label.txt"), lambda r, **o: [raf_db(r, s, **o) for s in ("train", "test")]),
+    "afew_va": (lambda r: _glob(r, "[0-9][0-9][0-9]/[0-9][0-9][0-9].json"), lambda r, **o: [afew_va(r, **o)]),
+    "aff_wild2": (lambda r: _glob(r, "cropped_aligned"), _aff_wild_splits),
+    "voxceleb2": (lambda r: _glob(r, "images_cropped"), lambda r, **o: [voxceleb2(r, **o)]),
+    "vggface2": (lambda r: _glob(r, "train_annotated_torch7"), lambda r, **o: [vggface2(r, **o)]),
+    "image_folder": (lambda r: any(p.suffix.lower() in SUFFIXES for p in r.rglob("*")), lambda r, **o: [image_folder(r, **o)]),
+}
+
+# %% ../nbs/03_data.ipynb #2bbd753d
+def open_layout(
+    root,  # the folder of a data set, or a video
+    layout: str | None = None,  # one of `LAYOUTS`; None: guessed
+    **options,  # see `FaceDataset`
+) -> list[FaceDataset]:  # one for each split that is there
+    "A publisher's data set, all of it."
+    if Path(root).suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(root): return [video_file(root, **options)]
+    root = _folder(root)
+    if layout is None: layout = next((name for name, (known, _) in LAYOUTS.items() if known(root)), None)
+    if layout not in LAYOUTS: raise EmocaError(f"{root}: {'no known layout' if layout is None else f'there is no layout {layout!r}'}; choose one of {', '.join(LAYOUTS)}")
+    if not (sets := LAYOUTS[layout][1](root, **options)): raise EmocaError(f"{root}: nothing of the layout {layout} lies here")
+    return sets
+
+# %% ../nbs/03_data.ipynb #97045661
+def _check_text(table, shown):
+    "What the command prints."
+    lines = []
+    for kind, words in (("skipped", "bad, left out"), ("rule", "left out by rule"), ("note", "used, but note")):
+        part = table[table.kind == kind]
+        if not len(part): continue
+        lines.append(f"{len(part)} {words}:")
+        for reason, rows in part.groupby("reason", sort=False):
+            lines.append(f"  {len(rows):6} {reason}")
+            if kind == "skipped": lines += [f"         row {row}: {path}" for row, path in list(zip(rows.row, rows.path))[:shown]]
+            if kind == "skipped" and len(rows) > shown: lines.append(f"         and {len(rows) - shown} more")
+    return "\n".join(lines)
+
+
+@click.command("check-data")
+@click.argument("folder", type=click.Path(exists=True))
+@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="How it is laid out; guessed if not given.")
+@click.option("--report", type=click.Path(), help="A csv file for every finding.")
+@click.option("--shown", default=5, show_default=True, help="How many rows of each kind to print.")
+@click.option("--workers", default=os.cpu_count() or 0, show_default=True, help="Processes that read.")
+def check_data_command(folder, layout, report, shown, workers):
+    "Look through a data set, and list what is wrong with it."
+    log.setLevel(logging.ERROR)
+    try: sets = open_layout(folder, layout)
+    except EmocaError as e: raise click.UsageError(str(e)) from None
+    table = check_data(sets, workers=workers)
+    if report:
+        with atomic_write(report) as file: table.to_csv(file, index=False)
+    bad = int((table.kind == "skipped").sum())
+    click.echo(_check_text(table, shown))
+    unread = [int((table[(table.set == s.name) & (table.kind == "skipped")].row.isin(s.rows)).sum()) for s in sets]
+    click.echo("; ".join(f"{s.name}: {len(s) - n} faces can be used" for s, n in zip(sets, unread)))
+    if bad: raise SystemExit(1)
+
+# %% ../nbs/03_data.ipynb #6f7bc6f2
+class KeptFaces(FaceDataset):
+    "Faces whose crops are kept on disk; made by `FaceDataset.cached`."
+
+    def _pixels(self, i, epoch=0):
+        slot = self.store[self.slot[i]]
+        if not slot["known"]:
+            image, landmarks, mask = super()._pixels(i, epoch)
+            slot["image"], slot["landmarks"] = image, np.nan if landmarks is None else landmarks
+            if mask is not None: slot["mask"] = mask
+            slot["known"] = 1 + (mask is not None)
+        points, masked = np.array(slot["landmarks"]), slot["known"] == 2
+        return torch.from_numpy(np.array(slot["image"])), None if np.isnan(points[0, 0]) else torch.from_numpy(points), torch.from_numpy(np.array(slot["mask"])) if masked else None
+
+# %% ../nbs/03_data.ipynb #62168a16
+def _digest(faces):
+    "A name for exactly these crops."
+    stamps = {p: (s.st_size, s.st_mtime_ns) if (s := _stat(p)) else None for p in dict.fromkeys(faces.paths.tolist())}
+    names = [[stamps[p], p, str(l), str(m)] for p, l, m in zip(faces.paths, faces.landmark_files, faces.mask_files)]
+    rules = [{k: v for k, v in r.items() if k != "seed"} for r in faces.rules]
+    h = hashlib.sha256(json.dumps([_STORE, faces.size, rules, names], default=str).encode())
+    for a in (faces.frame, faces.rule, faces.landmarks, faces.boxes): h.update(b"-" if a is None else np.ascontiguousarray(a).tobytes())
+    return h.hexdigest()[:20]
+
+
+def _stat(path):
+    try: return os.stat(path)
+    except OSError: return None
+
+
+_STORE = 1  # version of the file
+
+# %% ../nbs/03_data.ipynb #d78bc5d5
+@patch
+def cached(
+    self: FaceDataset,
+    folder,  # where the file lies, or is made
+) -> KeptFaces:
+    "The same faces, cut once."
+    if any(isinstance(r["scale"], (tuple, list)) or r["shift"] for r in self.rules): raise EmocaError("crops that are drawn anew each epoch cannot be kept; give one scale and no shift")
+    masked = any(m is not None for m in self.mask_files)
+    dtype = np.dtype([("image", "u1", (3, self.size, self.size)), ("landmarks", "f4", (68, 2)), ("mask", "u1", (1, self.size, self.size) if masked else (0,)), ("known", "u1")])
+    path = Path(folder) / f"crops-{_digest(self)}.npy"
+    if not path.exists(): _make_store(path, dtype, len(self))
+    out = copy.copy(self)
+    out.__class__ = KeptFaces
+    try: out.store = np.lib.format.open_memmap(path, "r+")
+    except (OSError, ValueError) as e: raise BadFile(path, "crops that were kept (delete the file to have them cut again)", f"{e!s:.200}") from None
+    if out.store.dtype != dtype or out.store.shape != (len(self),): raise BadFile(path, "crops that were kept (delete the file to have them cut again)", "something else")
+    out.slot = np.arange(len(self))
+    return out
+
+
+def _make_store(path, dtype, n):
+    "An empty store, with room on the disk for all of it."
+    with atomic_write(path) as file:
+        np.lib.format.open_memmap(file, "w+", dtype, (n,)).flush()
+        try:
+            with open(file, "rb+") as f: getattr(os, "posix_fallocate", lambda *a: None)(f.fileno(), 0, os.path.getsize(file))
+        except OSError as e: raise EmocaError(f"{path}: no room for {n} crops, {n * dtype.itemsize >> 20} MB ({e.strerror})") from None
