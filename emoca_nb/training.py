@@ -6,7 +6,7 @@
 __all__ = ['seed_for', 'order_of', 'Stream', 'RunConfig', 'Plan', 'plan', 'save_checkpoint', 'read_checkpoint',
            'newest_checkpoint', 'gather', 'Result', 'fit', 'history', 'curves']
 
-# %% ../nbs/03b_training.ipynb #afa81d7b
+# %% ../nbs/03b_training.ipynb #ee44578a
 import json, logging, math, os, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
 from .core import BadFile, EmocaError, atomic_write, load_checkpoint, pick_device, progress, seed_everything
 
-# %% ../nbs/03b_training.ipynb #a281e66b
+# %% ../nbs/03b_training.ipynb #412abd97
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch as pl
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-# %% ../nbs/03b_training.ipynb #fdb0832d
+# %% ../nbs/03b_training.ipynb #8d83b80b
 def seed_for(
     seed: int,  # of the run
     kind: int,  # what is drawn: 0 order, 1 items, 2 step, 3 validation
@@ -38,7 +38,7 @@ def seed_for(
     "A seed of its own for a place in a run."
     return int(np.random.SeedSequence((seed, kind, number, rank)).generate_state(1)[0])
 
-# %% ../nbs/03b_training.ipynb #96b1113a
+# %% ../nbs/03b_training.ipynb #abc21220
 def order_of(
     loader: DataLoader,  # with its data set, batch size and sampler
     seed: int = 0,  # for torch's own random samplers
@@ -55,7 +55,7 @@ def order_of(
     first = list(sampler)
     return partial(_at_epoch, sampler), len(_flat(first)), batches.batch_size if sampler is not batches else len(first[0])
 
-# %% ../nbs/03b_training.ipynb #eae6b56d
+# %% ../nbs/03b_training.ipynb #6f7ebbef
 def _weighed(sampler, rng, epoch):
     chances = sampler.weights.double().numpy() / sampler.weights.double().sum().item()
     return rng(epoch).choice(len(chances), sampler.num_samples, sampler.replacement, chances).tolist()
@@ -66,7 +66,7 @@ def _at_epoch(sampler, epoch):
 
 def _flat(indices): return [i for batch in indices for i in batch] if indices and isinstance(indices[0], (list, tuple)) else indices
 
-# %% ../nbs/03b_training.ipynb #70f7bc5c
+# %% ../nbs/03b_training.ipynb #6c22d815
 class Stream(Sampler):
     "Batches cut from the endless stream of epochs."
 
@@ -94,7 +94,7 @@ class Stream(Sampler):
     def __len__(self): return self.stop
     def __iter__(self): return ([(number, self.rank), *self.batch(number)] for number in range(self.start, self.stop))
 
-# %% ../nbs/03b_training.ipynb #e76e3742
+# %% ../nbs/03b_training.ipynb #0b60d152
 class _Drawn(Dataset):
     "A data set whose random draws are a function of the batch."
     def __init__(self, data, seed): self.data, self.seed = data, seed
@@ -104,7 +104,7 @@ class _Drawn(Dataset):
         many = getattr(self.data, "__getitems__", None)
         return many(keyed[1:]) if many else [self.data[i] for i in keyed[1:]]
 
-# %% ../nbs/03b_training.ipynb #9c71a50d
+# %% ../nbs/03b_training.ipynb #640cf98d
 def _check(self):
     if (self.max_steps is None) == (self.max_epochs is None): raise EmocaError("give one of max_steps and max_epochs")
     if self.mode not in ("min", "max"): raise EmocaError(f'mode is "min" or "max", not {self.mode!r}')
@@ -112,7 +112,7 @@ def _check(self):
     for name in ("max_steps", "max_epochs", "val_every", "accumulate", "devices", "nodes", "checkpoint_every", "log_every", "explode"):
         if (value := getattr(self, name)) is not None and not value > 0: raise EmocaError(f"{name} must be above zero, not {value}")
 
-# %% ../nbs/03b_training.ipynb #06b3f28e
+# %% ../nbs/03b_training.ipynb #3d4fa0ce
 @dataclass(frozen=True)
 class RunConfig:
     "How long, how often, on what."
@@ -137,7 +137,7 @@ class RunConfig:
 
 _NEUTRAL = ("checkpoint_every", "log_every", "device")
 
-# %% ../nbs/03b_training.ipynb #966a40d3
+# %% ../nbs/03b_training.ipynb #bdbd97fd
 @dataclass(frozen=True)
 class Plan:
     "A configuration, in steps."
@@ -157,7 +157,7 @@ def plan(
     steps = config.max_steps or math.ceil(config.max_epochs * per_epoch)
     return Plan(steps, int(config.val_every) if config.val_every > 1 else max(1, round(config.val_every * per_epoch)), config.accumulate)
 
-# %% ../nbs/03b_training.ipynb #a99601f7
+# %% ../nbs/03b_training.ipynb #4461089e
 class _Files(CheckpointIO):
     def __init__(self, task): self.task, self.unsaved = task, tuple(f"{name}." for name in getattr(task, "unsaved", ()))
     def _kept(self, state): return {k: v for k, v in state.items() if not k.startswith(self.unsaved)} if self.unsaved else state
@@ -170,7 +170,7 @@ class _Files(CheckpointIO):
         return found | {"state_dict": self.task.state_dict() | found["state_dict"]} if self.unsaved and "state_dict" in found else found
     def remove_checkpoint(self, path): Path(path).unlink(missing_ok=True)
 
-# %% ../nbs/03b_training.ipynb #3637f585
+# %% ../nbs/03b_training.ipynb #ec3daf41
 def save_checkpoint(
     what: dict,  # of tensors and plain values
     path,  # the file
@@ -189,7 +189,7 @@ def read_checkpoint(
         if part := archive.testzip(): raise BadFile(path, "a whole checkpoint", f"damage in {part}")
     return out
 
-# %% ../nbs/03b_training.ipynb #7a2b5550
+# %% ../nbs/03b_training.ipynb #255ae119
 def newest_checkpoint(
     run_dir,  # folder of a run
 ) -> tuple[Path | None, dict | None]:  # the file and what it holds
@@ -199,27 +199,28 @@ def newest_checkpoint(
         except EmocaError as e: print(f"passed over: {e}")
     return None, None
 
-# %% ../nbs/03b_training.ipynb #52806fab
+# %% ../nbs/03b_training.ipynb #8b09ae66
 class _Draws(pl.Callback):
     def __init__(self, seed): self.seed = seed
     def on_train_batch_start(self, trainer, task, batch, batch_idx): seed_everything(seed_for(self.seed, 2, batch_idx, trainer.global_rank))
     def on_validation_batch_start(self, trainer, task, batch, batch_idx, dataloader_idx=0):
         seed_everything(seed_for(self.seed, 3, batch_idx, trainer.global_rank))
 
-# %% ../nbs/03b_training.ipynb #160474e5
+# %% ../nbs/03b_training.ipynb #bfab4753
 class _Guard(pl.Callback):
-    def __init__(self, explode, run_dir): self.explode, self.run_dir, self.first, self.items, self.loss, self.norm = explode, run_dir, [], [], 0.0, 0.0
+    def __init__(self, explode, run_dir): self.explode, self.run_dir, self.first, self.step = explode, run_dir, [], 0
     def state_dict(self): return {"first": self.first}
     def load_state_dict(self, state): self.first = list(state["first"])
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
-        if batch_idx % trainer.accumulate_grad_batches == 0: self.items, self.loss = [], 0.0
+        if batch_idx % trainer.accumulate_grad_batches == 0: self.items, self.loss, self.norm = [], 0.0, 0.0
         self.items += _names(batch, batch_idx)
+        self.step = batch_idx // trainer.accumulate_grad_batches + 1
 
 def _names(batch, number):
     path = batch.get("path") if isinstance(batch, dict) else getattr(batch, "path", None)
     return [f"batch {number}"] if path is None else [str(p) for p in path]
 
-# %% ../nbs/03b_training.ipynb #cae48bad
+# %% ../nbs/03b_training.ipynb #260789f6
 @patch
 def on_before_backward(self: _Guard, trainer, task, loss):
     self.loss += (value := loss.item())
@@ -233,25 +234,26 @@ def on_before_optimizer_step(self: _Guard, trainer, task, optimizer):
     if not math.isfinite(self.norm): self.stop(trainer, f"the gradient's norm is {self.norm}")
     if len(self.first) < 20: self.first.append(abs(self.loss))
 
-# %% ../nbs/03b_training.ipynb #e47472f0
+# %% ../nbs/03b_training.ipynb #4ef4532a
 @patch
 def stop(self: _Guard, trainer, why):
     kept = max(Path(self.run_dir).glob("checkpoints/step-*.ckpt"), default=None)
     with atomic_write(Path(self.run_dir, "stopped_by.txt")) as f: f.write_text("\n".join(self.items) + "\n")
     shown = ", ".join(self.items[:4]) + (f" and {len(self.items) - 4} more (all in {self.run_dir}/stopped_by.txt)" if len(self.items) > 4 else "")
-    raise EmocaError(f"step {trainer.global_step + 1}: {why}. The step's items: {shown}. The weights were not changed by it; the last good checkpoint is {kept}")
+    raise EmocaError(f"step {self.step}: {why}. The step's items: {shown}. The weights were not changed by it; the last good checkpoint is {kept}")
 
-# %% ../nbs/03b_training.ipynb #a04ebfde
+# %% ../nbs/03b_training.ipynb #d85a7f3e
 class _Book(pl.Callback):
-    def __init__(self, run_dir, plan, every, guard): self.path, self.plan, self.every, self.guard, self.bar = Path(run_dir, "log.csv"), plan, every, guard, None
+    def __init__(self, run_dir, plan, start, every, guard):
+        self.path, self.plan, self.start, self.every, self.guard, self.bar = Path(run_dir, "log.csv"), plan, start, every, guard, None
     def write(self, trainer, numbers):
         if not trainer.is_global_zero: return
-        with open(self.path, "a") as f: f.writelines(f"{trainer.global_step},{k},{v!r}\n" for k, v in numbers.items())
+        with open(self.path, "a") as f: f.writelines(f"{self.guard.step},{k},{v!r}\n" for k, v in numbers.items())
     def on_train_start(self, trainer, task):
         if not trainer.is_global_zero: return
-        _cut(self.path, trainer.global_step)
+        _cut(self.path, self.start)
         self.bar = progress(None, "steps", self.plan.steps)
-        self.bar.initial = self.bar.n = trainer.global_step
+        self.bar.initial = self.bar.n = self.start
     def teardown(self, trainer, task, stage):
         if self.bar is not None: self.bar.close()
 
@@ -261,14 +263,14 @@ def _cut(path, step):
     kept = [r for r in rows if r.endswith("\n") and r.count(",") == 2 and int(r.split(",")[0]) <= step]
     with atomic_write(path) as f: f.write_text("".join(["step,name,value\n", *kept]))
 
-# %% ../nbs/03b_training.ipynb #e4ac2897
+# %% ../nbs/03b_training.ipynb #99b71299
 def _numbers(trainer, of_validation):
     return {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val") == of_validation}
 
 @patch
 def on_train_batch_end(self: _Book, trainer, task, outputs, batch, batch_idx):
     if (batch_idx + 1) % self.plan.accumulate: return
-    step, rate = trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]
+    step, rate = self.guard.step, trainer.optimizers[0].param_groups[0]["lr"]
     if self.bar is not None: self.bar.set_postfix_str(f"loss {self.guard.loss:.4g}", refresh=False); self.bar.update(1)
     if step % self.every and step not in (1, self.plan.steps): return
     self.write(trainer, {"loss": self.guard.loss, "lr": float(rate), "grad_norm": self.guard.norm} | _numbers(trainer, False))
@@ -276,49 +278,58 @@ def on_train_batch_end(self: _Book, trainer, task, outputs, batch, batch_idx):
 @patch
 def on_validation_end(self: _Book, trainer, task): self.write(trainer, _numbers(trainer, True))
 
-# %% ../nbs/03b_training.ipynb #5c2753dd
+# %% ../nbs/03b_training.ipynb #0e1000f3
 class _Keep(Checkpoint):
-    def __init__(self, run_dir, plan, config): self.dir, self.plan, self.config, self.best, self.finished, self.saved = Path(run_dir), plan, config, None, False, None
-    def state_dict(self): return {"best": self.best, "finished": self.finished}
+    def __init__(self, run_dir, plan, start, config):
+        self.dir, self.plan, self.config, self.step, self.saved, self.best, self.finished = Path(run_dir), plan, config, start, start or None, None, False
+    def state_dict(self): return {"step": self.step, "best": self.best, "finished": self.finished}
     def load_state_dict(self, state): self.best = state["best"]
     def on_train_start(self, trainer, task):
-        self.saved = trainer.global_step or None
         for c in trainer.lr_scheduler_configs:
             if c.interval != "step" or c.reduce_on_plateau: raise EmocaError('learning rates are scheduled by steps here: {"scheduler": ..., "interval": "step"}')
-    def on_train_batch_start(self, trainer, task, batch, batch_idx):
-        k, a = trainer.global_step, self.plan.accumulate
-        trainer.val_check_batch = batch_idx + 1 if (batch_idx + 1) % a == 0 and self.plan.validates(k + 1) else math.inf
-        if batch_idx % a == 0 and k != self.saved and (k % self.config.checkpoint_every == 0 or self.plan.validates(k)): self.save(trainer)
-    def on_train_end(self, trainer, task):
-        self.finished = True
-        self.save(trainer)
-        if trainer.is_global_zero: _finish(self.dir, trainer.global_step, self.plan, self.best)
-        trainer.strategy.barrier()
 
-# %% ../nbs/03b_training.ipynb #a50ebf02
+# %% ../nbs/03b_training.ipynb #0bf6ecfe
+@patch
+def on_train_batch_start(self: _Keep, trainer, task, batch, batch_idx):
+    self.step, part = divmod(batch_idx, self.plan.accumulate)
+    ends = part == self.plan.accumulate - 1 and self.plan.validates(self.step + 1)
+    trainer.val_check_batch = batch_idx + 1 if ends else math.inf
+    if part == 0 and self.step != self.saved and (self.step % self.config.checkpoint_every == 0 or self.plan.validates(self.step)): self.save(trainer)
+
+@patch
+def on_train_batch_end(self: _Keep, trainer, task, outputs, batch, batch_idx): self.step = (batch_idx + 1) // self.plan.accumulate
+
+@patch
+def on_train_end(self: _Keep, trainer, task):
+    self.finished = True
+    self.save(trainer)
+    if trainer.is_global_zero: _finish(self.dir, self.step, self.plan, self.best)
+    trainer.strategy.barrier()
+
 @patch
 def save(self: _Keep, trainer):
-    self.saved = trainer.global_step
-    trainer.save_checkpoint(self.dir / f"checkpoints/step-{self.saved:08d}.ckpt")
+    self.saved = self.step
+    trainer.save_checkpoint(self.dir / f"checkpoints/step-{self.step:08d}.ckpt")
     if trainer.is_global_zero:
         for old in sorted(self.dir.glob("checkpoints/step-*.ckpt"))[:-2]: old.unlink()
 
+# %% ../nbs/03b_training.ipynb #8b4b42ba
 @patch
 def on_validation_end(self: _Keep, trainer, task):
-    numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+    numbers = _numbers(trainer, True)
     if self.config.monitor not in numbers:
-        raise EmocaError(f"monitor = {self.config.monitor!r}, but the validation gave {', '.join(sorted(numbers)) or 'nothing'} (names begin with val)")
+        raise EmocaError(f"monitor = {self.config.monitor!r}, but the validation gave {', '.join(numbers) or 'nothing'} (names begin with val)")
     value, sign = numbers[self.config.monitor], 1 if self.config.mode == "min" else -1
-    if not math.isfinite(value): raise EmocaError(f"the validation after step {trainer.global_step} gave {self.config.monitor} = {value}")
+    if not math.isfinite(value): raise EmocaError(f"the validation after step {self.step} gave {self.config.monitor} = {value}")
     if self.best and sign * value >= sign * self.best["value"]: return
-    self.best = {"value": value, "step": trainer.global_step, "numbers": numbers}
+    self.best = {"value": value, "step": self.step, "numbers": numbers}
     if trainer.is_global_zero: save_checkpoint(self.best | {"state_dict": _Files(task)._kept(task.state_dict())}, self.dir / "best.ckpt")
 
-# %% ../nbs/03b_training.ipynb #ae55bce7
+# %% ../nbs/03b_training.ipynb #3975f7b2
 def _finish(run_dir, step, plan, best):
     with atomic_write(run_dir / "result.json") as f: f.write_text(json.dumps(dict(steps=step, early=step < plan.steps, best=best)))
 
-# %% ../nbs/03b_training.ipynb #eb9d7dc9
+# %% ../nbs/03b_training.ipynb #526a87cf
 class _Loaders(pl.LightningDataModule):
     def __init__(self, train, val, plan, config, start):
         super().__init__()
@@ -337,7 +348,7 @@ def _like(loader, data, **how):
     if loader.num_workers: how |= dict(prefetch_factor=loader.prefetch_factor, persistent_workers=True, multiprocessing_context=loader.multiprocessing_context)
     return DataLoader(data, num_workers=loader.num_workers, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn, **how)
 
-# %% ../nbs/03b_training.ipynb #229620ef
+# %% ../nbs/03b_training.ipynb #f125f8a6
 def _where(config):
     "What Lightning's Trainer wants to know of the machine, and the number of processes."
     device, devices, nodes = pick_device(config.device), config.devices, config.nodes
@@ -352,7 +363,7 @@ def _where(config):
     use = [device.index or 0] if on_gpu and world == 1 else devices
     return dict(accelerator="gpu" if on_gpu else device.type, devices=use, num_nodes=nodes, strategy=strategy, precision=precision), world
 
-# %% ../nbs/03b_training.ipynb #24f9b3b6
+# %% ../nbs/03b_training.ipynb #c82a1cef
 @contextmanager
 def _quiet():
     "Lightning without its hints."
@@ -366,7 +377,7 @@ def _quiet():
         finally:
             for log, level in zip(logs, levels): log.setLevel(level)
 
-# %% ../nbs/03b_training.ipynb #3f8ebdf5
+# %% ../nbs/03b_training.ipynb #42696188
 def gather(
     task: pl.LightningModule,  # in a validation
     rows: Tensor,  # (n,...) one for each item that this process saw
@@ -379,7 +390,7 @@ def gather(
     for rank, part in enumerate(parts): out[rank::len(parts)] = part
     return out
 
-# %% ../nbs/03b_training.ipynb #d7565aeb
+# %% ../nbs/03b_training.ipynb #42ecf89f
 def _identity(task, train, val, config, world, about):
     "What makes a run this run, as JSON."
     count = lambda trained: sum(p.numel() for p in task.parameters() if p.requires_grad or not trained)
@@ -390,7 +401,7 @@ def _identity(task, train, val, config, world, about):
     flat = {f"{part}: {k}": v for part, values in parts.items() for k, v in values.items()}
     return json.loads(json.dumps(flat, default=str))
 
-# %% ../nbs/03b_training.ipynb #9b8eedd7
+# %% ../nbs/03b_training.ipynb #c009a0c4
 def _claim(run_dir, mine):
     "Make the folder this run's, or `EmocaError` if it is another's."
     path = run_dir / "config.json"
@@ -401,7 +412,7 @@ def _claim(run_dir, mine):
     if not path.exists():
         with atomic_write(path) as f: f.write_text(json.dumps(mine, indent=1))
 
-# %% ../nbs/03b_training.ipynb #3b3732cd
+# %% ../nbs/03b_training.ipynb #a5a72070
 @dataclass(frozen=True)
 class Result:
     "What a finished run gave."
@@ -417,33 +428,34 @@ def _result(run_dir, task):
     task.load_state_dict(task.state_dict() | state if getattr(task, "unsaved", ()) else state)
     return Result(run_dir, **found, task=task.cpu().eval())
 
-# %% ../nbs/03b_training.ipynb #5316f4a1
+# %% ../nbs/03b_training.ipynb #ad0f8565
 def _trainer(config, todo, where, callbacks, task, val, run_dir):
     with _quiet():
-        return pl.Trainer(**where, max_steps=todo.steps, max_epochs=1, callbacks=callbacks, plugins=[_Files(task)], logger=False, default_root_dir=run_dir,
+        return pl.Trainer(**where, max_epochs=1, callbacks=callbacks, plugins=[_Files(task)], logger=False, default_root_dir=run_dir,
                           limit_val_batches=1.0 if val else 0, num_sanity_val_steps=0, accumulate_grad_batches=config.accumulate, gradient_clip_val=config.clip,
                           enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)
 
-def _callbacks(config, todo, run_dir, val):
+def _callbacks(config, todo, start, run_dir, val):
     guard = _Guard(config.explode, run_dir)
     patience = dict(patience=config.patience, min_delta=0.0, check_on_train_epoch_end=False)
     stopper = [EarlyStopping(config.monitor, mode=config.mode, **patience)] if config.patience and val else []
-    return [_Draws(config.seed), guard, *stopper, _Book(run_dir, todo, config.log_every, guard), _Keep(run_dir, todo, config)]
+    return [_Draws(config.seed), guard, *stopper, _Book(run_dir, todo, start, config.log_every, guard), _Keep(run_dir, todo, start, config)]
 
-# %% ../nbs/03b_training.ipynb #5ef33508
+# %% ../nbs/03b_training.ipynb #456d8e33
 def _train(task, train, val, run_dir, config, where, world):
     _, n, size = order_of(train)
     todo, (path, found) = plan(config, n, size, world), newest_checkpoint(run_dir)
-    step, kept = (found["global_step"], found["callbacks"]["_Keep"]) if found else (0, {"finished": False})
+    kept = found["callbacks"]["_Keep"] if found else {"step": 0, "finished": False}
+    step = kept["step"]
     if kept["finished"]: return _finish(run_dir, step, todo, kept["best"])
     if step: print(f"{run_dir} continues at step {step} of {todo.steps}")
     if config.channels_last or config.channels_last is None and where["accelerator"] == "gpu": task.to(memory_format=torch.channels_last)
-    trainer = _trainer(config, todo, where, _callbacks(config, todo, run_dir, val), task, val, run_dir)
+    trainer = _trainer(config, todo, where, _callbacks(config, todo, step, run_dir, val), task, val, run_dir)
     try:
         with _quiet(): trainer.fit(task, datamodule=_Loaders(train, val, todo, config, step), ckpt_path=path if step else None)
-    except SystemExit: raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same call continues from the last checkpoint in {run_dir}") from None
+    except SystemExit: raise KeyboardInterrupt(f"stopped after step {trainer.global_step}; the same call continues from the last checkpoint in {run_dir}") from None
 
-# %% ../nbs/03b_training.ipynb #fa272545
+# %% ../nbs/03b_training.ipynb #011b899f
 def fit(
     task,  # LightningModule, or a function without arguments that makes one
     train: DataLoader,  # what to train on: data set, batch size of one process, sampler, collation, workers
@@ -461,7 +473,7 @@ def fit(
     if not (run_dir / "result.json").exists(): _train(task, train, val, run_dir, config, where, world)
     return _result(run_dir, task)
 
-# %% ../nbs/03b_training.ipynb #bf44ecbc
+# %% ../nbs/03b_training.ipynb #313f62f5
 def history(
     run_dir,  # folder of a run
 ) -> pd.DataFrame:  # a row for each logged step, a column for each name, NaN where it was not logged
@@ -470,7 +482,7 @@ def history(
     if not path.exists(): raise EmocaError(f"{run_dir} holds no log.csv, so no run")
     return pd.read_csv(path).pivot(index="step", columns="name", values="value")
 
-# %% ../nbs/03b_training.ipynb #188fa696
+# %% ../nbs/03b_training.ipynb #ce3f39b2
 def curves(
     run_dir,  # folder of a run
     names=None,  # what to draw beside the loss; None: all that was validated
