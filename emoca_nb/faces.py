@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_FILE', 'MIN_SIDE', 'MEDIAPIPE_105', 'SU
            'crop_from_landmarks', 'crop_from_box', 'crop_whole', 'read_crop', 'Face', 'Detection', 'download_fan',
            'detectors', 'pick_detector', 'detect', 'pictures_in', 'Found', 'detect_folder']
 
-# %% ../nbs/02b_faces.ipynb #b98d7e81
+# %% ../nbs/02b_faces.ipynb #0c723864
 import hashlib, importlib.util, io, math, multiprocessing, os, urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from .core import ASSETS, AssetMissing, BadFile, EmocaError, asset, atomic_write, expect_array, load_checkpoint, load_npz, pick_device, progress, settings
 from .rasterizer import _jit
 
-# %% ../nbs/02b_faces.ipynb #89dc4b8d
+# %% ../nbs/02b_faces.ipynb #b11458f2
 class BadImage(BadFile):
     "A picture that cannot be used; `reason` says why in two words"
     def __init__(self,
@@ -35,7 +35,7 @@ class BadImage(BadFile):
         super().__init__(path, expected, found)
         self.reason = reason
 
-# %% ../nbs/02b_faces.ipynb #80ef32dc
+# %% ../nbs/02b_faces.ipynb #ca6591a8
 _UPRIGHT = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -50,7 +50,7 @@ def _orientation(im):
     try: return im.getexif().get(0x0112, 1)
     except Exception: return 1
 
-# %% ../nbs/02b_faces.ipynb #54a14b72
+# %% ../nbs/02b_faces.ipynb #56b09eb4
 def _eight_bits(a, path):
     "A grey array of more than eight bits, or of floats, as bytes."
     if a.dtype.kind == "f":
@@ -65,7 +65,7 @@ def _from_cmyk(im):
         return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (KeyError, OSError, ImageCms.PyCMSError): return im.convert("RGB")
 
-# %% ../nbs/02b_faces.ipynb #a3d3ba1d
+# %% ../nbs/02b_faces.ipynb #76cea886
 def _rgb(im, path, background):
     "A loaded PIL picture as an RGB one."
     if im.mode == "RGB": return im
@@ -75,7 +75,7 @@ def _rgb(im, path, background):
     im = im.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", im.size, (*background, 255)), im).convert("RGB")
 
-# %% ../nbs/02b_faces.ipynb #8ef1fdaf
+# %% ../nbs/02b_faces.ipynb #23a2d877
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_000_000  # 9500 x 9400; Pillow's own limit of comfort
 MAX_FILE = 1 << 30
@@ -87,7 +87,7 @@ def _check_size(path, width, height, max_pixels):
     if min(width, height) < MIN_SIDE: raise BadImage(path, f"at least {MIN_SIDE} x {MIN_SIDE} pixels", what, "too small" if min(width, height) else "empty")
     if width * height > max_pixels: raise BadImage(path, f"at most {max_pixels:,} pixels", what, "too large")
 
-# %% ../nbs/02b_faces.ipynb #f7b9d0ae
+# %% ../nbs/02b_faces.ipynb #a9370b48
 def _file_bytes(path):
     "What a file holds, (N,) bytes."
     try:
@@ -96,7 +96,7 @@ def _file_bytes(path):
         return np.fromfile(path, np.uint8)
     except OSError as e: raise BadImage(path, "a picture", f"a file that cannot be read ({e.strerror or e})", "missing") from None
 
-# %% ../nbs/02b_faces.ipynb #5208f7de
+# %% ../nbs/02b_faces.ipynb #30cb2c5c
 def _opened(raw, path):
     "The PIL picture in these bytes; its pixels are not read yet."
     if not len(raw): raise BadImage(path, "a picture", "an empty file", "empty")
@@ -108,35 +108,35 @@ def _opened(raw, path):
     if head.startswith(_MAGIC): raise BadImage(path, "a picture", f"a header that breaks off ({len(raw):,} bytes)", "truncated")
     raise BadImage(path, "a picture (JPEG, PNG, WebP, TIFF, ...)", f"a file that begins with {head!r}", "not an image")
 
-# %% ../nbs/02b_faces.ipynb #7baa8416
+# %% ../nbs/02b_faces.ipynb #ea295877
 def _decoded(im, path, background, shrink):
     "Pixels of a PIL picture, as stored."
     try:
-        im.draft("RGB", (im.width // shrink, im.height // shrink)) if shrink > 1 and im.mode in ("RGB", "L") else None
+        if shrink > 1 and im.mode in ("RGB", "L"): im.draft("RGB", (im.width // shrink, im.height // shrink))
         im.load()
         return np.asarray(_rgb(im, path, background))
     except BadImage: raise
     except MemoryError: raise BadImage(path, "a picture that fits into memory", f"{im.width} x {im.height} pixels", "too large") from None
     except Exception as e: raise BadImage(path, "a whole picture", f"{e!s:.100}", "truncated") from None
 
-# %% ../nbs/02b_faces.ipynb #2365f49f
+# %% ../nbs/02b_faces.ipynb #c5963359
 def _halved(a, n):
     "Means over n x n pixels, of what there is at the far edges."
-    return np.asarray(Image.fromarray(a).reduce(n)) if n > 1 else a
+    return np.asarray(Image.fromarray(np.ascontiguousarray(a)).reduce(n)) if n > 1 else a
 
 def _decode(raw, path, max_pixels, background, shrink):
     "Bytes of a file to upright RGB."
     im = _opened(raw, path)
     _check_size(path, *im.size, max_pixels)
-    turn, full = _orientation(im), im.size
+    longest, upright = max(im.size), _orientation(im) == 1
     if shrink == 1 and im.format in ("JPEG", "MPO") and im.mode in ("RGB", "L"):
         try: pixels = decode_jpeg(torch.from_numpy(raw), ImageReadMode.RGB).permute(1, 2, 0).numpy()
         except RuntimeError: pixels = _decoded(im, path, background, 1)
-    else: pixels = _decoded(im, path, background, shrink if turn == 1 else 1)
-    pixels = _UPRIGHT.get(turn, lambda a: a)(pixels)
-    return np.ascontiguousarray(_halved(pixels, shrink if pixels.shape[0] in full and pixels.shape[1] in full else 1))
+    else: pixels = _decoded(im, path, background, shrink if upright else 1)
+    pixels = _UPRIGHT.get(_orientation(im), lambda a: a)(pixels)
+    return np.ascontiguousarray(_halved(pixels, shrink if max(pixels.shape) == longest else 1))
 
-# %% ../nbs/02b_faces.ipynb #deee3b49
+# %% ../nbs/02b_faces.ipynb #ae258ee5
 def _from_array(a, path, background):
     "An array of one of the usual kinds as (H,W,3) bytes."
     if a.ndim == 2: a = a[..., None]
@@ -146,7 +146,7 @@ def _from_array(a, path, background):
     if a.shape[2] == 4: a = np.asarray(_rgb(Image.fromarray(np.ascontiguousarray(a)), path, background))
     return np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], 3)))
 
-# %% ../nbs/02b_faces.ipynb #f0456daf
+# %% ../nbs/02b_faces.ipynb #295c2a55
 def read_image(
     source, # a path, the bytes of a file, a PIL picture, or an array
     max_pixels:int=MAX_PIXELS, # more are refused before they are decoded
@@ -163,9 +163,10 @@ def read_image(
         return _halved(_from_array(source, name, background), shrink)
     if not isinstance(source, Image.Image): raise TypeError(f"a picture is a path, bytes, a PIL image or an array, not a {type(source).__name__}")
     _check_size(name, *source.size, max_pixels)
-    return np.ascontiguousarray(_halved(_UPRIGHT.get(_orientation(source), lambda a: a)(_decoded(source.copy(), name, background, 1)), shrink))
+    pixels = _decoded(source, name, background, 1)
+    return np.ascontiguousarray(_halved(_UPRIGHT.get(_orientation(source), lambda a: a)(pixels), shrink))
 
-# %% ../nbs/02b_faces.ipynb #54e0f102
+# %% ../nbs/02b_faces.ipynb #de206c25
 @dataclass(frozen=True)
 class Crop:
     "A square of a photograph"
@@ -180,7 +181,7 @@ class Crop:
         (x, y), half = self.center, self.side / 2
         return np.array([[scale, 0, (half - x) * scale], [0, scale, (half - y) * scale], [0, 0, 1]])
 
-# %% ../nbs/02b_faces.ipynb #768b12e5
+# %% ../nbs/02b_faces.ipynb #07c8c1af
 @patch
 def points(self:Crop,
     px, # (...,2) photograph pixels
@@ -200,7 +201,7 @@ def photo_points(self:Crop,
     inside = (np.asarray(points, float) + 1) * (self.size / 2) - (0 if published else .5)
     return (inside - self.matrix[:2, 2]) / self.matrix[0, 0]
 
-# %% ../nbs/02b_faces.ipynb #202e3920
+# %% ../nbs/02b_faces.ipynb #607de001
 def _square(left, top, right, bottom, margin, drop, scale, shift, size):
     size0 = (right - left + bottom - top) / 2 * margin
     side = int(size0 * scale) if math.isfinite(size0) else 0
@@ -208,7 +209,7 @@ def _square(left, top, right, bottom, margin, drop, scale, shift, size):
     x, y = (left + right) / 2 + shift[0] * size0, (top + bottom) / 2 + (drop + shift[1]) * size0
     return Crop((float(x), float(y)), side, size)
 
-# %% ../nbs/02b_faces.ipynb #e91db0e2
+# %% ../nbs/02b_faces.ipynb #d15214ab
 def crop_from_landmarks(
     points, # (N,2) or (N,3) photograph pixels
     scale:float=1.25, # side of the square, of 1.1 (or `margin`) times the landmarks' box
@@ -221,7 +222,7 @@ def crop_from_landmarks(
     (left, top), (right, bottom) = points.min(0), points.max(0)
     return _square(left, top, right, bottom, margin, 0, scale, shift, size)
 
-# %% ../nbs/02b_faces.ipynb #13541306
+# %% ../nbs/02b_faces.ipynb #c266faf4
 def crop_from_box(
     box, # (4,) left, top, right, bottom in photograph pixels
     scale:float=1.25, # side of the square, of the box
@@ -231,7 +232,7 @@ def crop_from_box(
     "DECA's square around a detector's box"
     return _square(*map(float, box), 1, .12, scale, shift, size)
 
-# %% ../nbs/02b_faces.ipynb #8215927c
+# %% ../nbs/02b_faces.ipynb #2c33f424
 def crop_whole(
     width:int, # of the photograph, pixels
     height:int, # of the photograph, pixels
@@ -241,7 +242,7 @@ def crop_whole(
     "The square for a photograph in which no face was found"
     return crop_from_landmarks([[0, 0], [width - 1, height - 1]], scale, size)
 
-# %% ../nbs/02b_faces.ipynb #9865dd50
+# %% ../nbs/02b_faces.ipynb #e0a90f12
 def _cubic(t):
     "Catmull-Rom weights of the pixels at -1, 0, 1, 2, for t in [0,1)."
     return np.stack([((2 - t) * t - 1) * t, (3 * t - 5) * t * t + 2, ((4 - 3 * t) * t + 1) * t, (t - 1) * t * t], -1) / 2
@@ -262,7 +263,7 @@ def _taps(start, step, n, limit, order, antialias):
     outside = (index < 0) | (index >= limit)
     return index.clip(0, max(limit - 1, 0)).astype(np.int32), np.where(outside, 0, weight).astype(np.float32)
 
-# %% ../nbs/02b_faces.ipynb #f430c91c
+# %% ../nbs/02b_faces.ipynb #3aec2b87
 @_jit
 def _resample(image, rows, row_weights, columns, column_weights, out):
     "out (C,h,w) float32 from image (H,W,C): rows are mixed into one line, and pixels of the line into one pixel."
@@ -280,7 +281,7 @@ def _resample(image, rows, row_weights, columns, column_weights, out):
                 at, weight = (columns[j, l] - first) * channels, column_weights[j, l]
                 for c in range(channels): out[c, i, j] += weight * line[at + c]
 
-# %% ../nbs/02b_faces.ipynb #c1487cd4
+# %% ../nbs/02b_faces.ipynb #53dcc078
 @patch
 def cut(self:Crop,
     image, # (H,W,3) uint8, or float32 in [0,1]
@@ -298,7 +299,7 @@ def cut(self:Crop,
     if image.dtype != np.uint8: return out
     return out / np.float32(255) if exact else (out + np.float32(.5)).astype(np.uint8)
 
-# %% ../nbs/02b_faces.ipynb #3a3a3ef7
+# %% ../nbs/02b_faces.ipynb #ee230f3d
 @patch
 def shrunk(self:Crop,
     n:int, # 1, 2, 4 or 8, as in `read_image`
@@ -317,7 +318,7 @@ def read_crop(
     n = max(n for n in (1, 2, 4, 8) if crop.side / n >= crop.size or n == 1) if fast else 1
     return crop.shrunk(n).cut(read_image(source, shrink=n), **options)
 
-# %% ../nbs/02b_faces.ipynb #19b72815
+# %% ../nbs/02b_faces.ipynb #f3abcf6f
 def _soft(mask, feather):
     "A mask that rises over `feather` pixels from its edge inwards."
     if not feather: return mask
@@ -329,7 +330,7 @@ def _span(low, side, scale, n, size):
     first, last = max(math.ceil(low), 0), min(math.floor(low + side) + 1, n)
     return first, last, _taps((first - low) * scale, scale, max(last - first, 0), size, 1, True)
 
-# %% ../nbs/02b_faces.ipynb #3e5b445b
+# %% ../nbs/02b_faces.ipynb #427abfb5
 def _plane(x, size):
     "A picture or mask of torch or NumPy as (size,size,3) float32."
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
@@ -356,7 +357,7 @@ def paste(self:Crop,
     out[top:bottom, left:right] = (below + 255 * colour.transpose(1, 2, 0) + .5).clip(0, 255)
     return out
 
-# %% ../nbs/02b_faces.ipynb #8526fbbc
+# %% ../nbs/02b_faces.ipynb #d9fcbc08
 MEDIAPIPE_105 = tuple(map(int, """276 282 283 285 293 295 296 300 334 336 46 52 53 55 63 65 66 70 105 107 249 263 362 373 374 380 381 382 384 385 386 387
     388 390 398 466 7 33 133 144 145 153 154 155 157 158 159 160 161 163 173 246 168 6 197 195 5 4 129 98 97 2 326 327 358 0 13 14 17 37 39 40 61 78 80 81
     82 84 87 88 91 95 146 178 181 185 191 267 269 270 291 308 310 311 312 314 317 318 321 324 375 402 405 409 415""".split()))
@@ -380,7 +381,7 @@ class Face:
         "The points of MediaPipe's mesh that are pinned on FLAME: brows, eyes, nose, lips."
         return None if self.mediapipe is None else self.mediapipe[list(MEDIAPIPE_105), :2]
 
-# %% ../nbs/02b_faces.ipynb #3ad100a9
+# %% ../nbs/02b_faces.ipynb #2784175f
 @patch
 def crop(self:Face,
     scale:float=1.25, # as in `crop_from_landmarks`
@@ -391,7 +392,7 @@ def crop(self:Face,
     known = self.mediapipe if self.landmarks is None else self.landmarks
     return crop_from_box(self.box, scale, size) if known is None else crop_from_landmarks(known, scale, size, **options)
 
-# %% ../nbs/02b_faces.ipynb #0b20b6d9
+# %% ../nbs/02b_faces.ipynb #4ce2c8e1
 @dataclass(frozen=True, eq=False)
 class Detection:
     "The faces of one picture; false if there is none"
@@ -410,7 +411,7 @@ def crop(self:Detection,
     "The square of the first face, or of the whole picture where there is none."
     return self[0].crop(scale, size) if self else crop_whole(*self.size[::-1], scale, size)
 
-# %% ../nbs/02b_faces.ipynb #45bcb466
+# %% ../nbs/02b_faces.ipynb #7b22e99b
 @lru_cache(1)
 def _dlib_points():
     package = importlib.util.find_spec("face_recognition_models")
@@ -421,7 +422,7 @@ def _dlib_model():
     import dlib
     return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(_dlib_points()))
 
-# %% ../nbs/02b_faces.ipynb #757d9314
+# %% ../nbs/02b_faces.ipynb #aaeb56c8
 def _dlib_faces(image, small, zoom, search):
     import dlib
     find, place = _dlib_model()
@@ -431,7 +432,7 @@ def _dlib_faces(image, small, zoom, search):
         shape = place(image, dlib.rectangle(*(int(v) for v in box.round())))
         yield Face(box, float(score), np.array([(p.x, p.y) for p in shape.parts()], float), detector="dlib")
 
-# %% ../nbs/02b_faces.ipynb #1023b387
+# %% ../nbs/02b_faces.ipynb #dae4acc3
 _FAN_FILES = {"s3fd": "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth",
               "fan_2d": "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"}
 
@@ -444,7 +445,7 @@ def _fan_file(name):
     ASSETS[name].check(in_torch)
     return in_torch
 
-# %% ../nbs/02b_faces.ipynb #97c34777
+# %% ../nbs/02b_faces.ipynb #5a5b4012
 def _with_weights(net, path):
     "A network with the weights of a file, all of them."
     try: net.load_state_dict(load_checkpoint(path))
@@ -464,14 +465,14 @@ def _fan_model(s3fd, fan_2d, device, threshold):
     options = dict(path_to_detector=safe, filter_threshold=threshold)
     return FromFile(LandmarksType.TWO_D, device=str(device), face_detector_kwargs=options, compile=False)
 
-# %% ../nbs/02b_faces.ipynb #553959db
+# %% ../nbs/02b_faces.ipynb #2698ab3d
 def _fan_faces(image, small, zoom, search):
     model = _fan_model(*search.files, search.device, search.threshold)
     boxes = [np.append((b[:4] + .5) * zoom - .5, b[4]) for b in map(np.asarray, model.face_detector.detect_from_image(small))]
     points = model.get_landmarks_from_image(image, boxes) if boxes else ()
     for b, p in zip(boxes, points): yield Face(b[:4].astype(float), float(b[4]), np.asarray(p, float), detector="fan")
 
-# %% ../nbs/02b_faces.ipynb #8b19dc30
+# %% ../nbs/02b_faces.ipynb #4e6af4c6
 def _fetch(url, path, timeout):
     digest, name = hashlib.sha256(), url.rpartition("/")[2]
     try:
@@ -487,7 +488,7 @@ def download_fan(
     for name, url in _FAN_FILES.items():
         if not (path := settings().files[name]).exists(): _fetch(url, path, timeout)
 
-# %% ../nbs/02b_faces.ipynb #94842480
+# %% ../nbs/02b_faces.ipynb #e9565bb9
 @lru_cache(2)
 def _mediapipe_model(path, threshold):
     from mediapipe.tasks.python import BaseOptions, vision
@@ -504,7 +505,7 @@ def _mediapipe_faces(image, small, zoom, search):
         mesh = np.array([(p.x * w - .5, p.y * h - .5, p.z * w) for p in points])
         yield Face(np.concatenate([mesh[:, :2].min(0), mesh[:, :2].max(0)]), mediapipe=mesh, detector="mediapipe")
 
-# %% ../nbs/02b_faces.ipynb #26034fd0
+# %% ../nbs/02b_faces.ipynb #c3a83e0d
 @dataclass(frozen=True)
 class _Detector:
     faces: object # generator of faces
@@ -518,7 +519,7 @@ _DETECTORS = {
     "mediapipe": _Detector(_mediapipe_faces, .1, ("mediapipe",), lambda: [asset("face_landmarker")]),
 }
 
-# %% ../nbs/02b_faces.ipynb #bc13529b
+# %% ../nbs/02b_faces.ipynb #bcbb9717
 def _ready(name):
     "The files of a detector that can run here, or the reason why it cannot."
     if name not in _DETECTORS: raise EmocaError(f"there is no detector {name!r}; choose one of {', '.join(_DETECTORS)}")
@@ -530,21 +531,24 @@ def detectors() -> dict: # name: what it lacks; "" if it can run
     "The detectors, the best first, and what each lacks on this machine"
     lacks = {}
     for name in _DETECTORS:
-        try: lacks[name] = _ready(name) and ""
+        try: _ready(name)
         except EmocaError as e: lacks[name] = str(e)
+        else: lacks[name] = ""
     return lacks
 
-# %% ../nbs/02b_faces.ipynb #0531c81f
+# %% ../nbs/02b_faces.ipynb #df9f5da7
 def pick_detector(
     name:str|None=None, # "fan", "dlib" or "mediapipe"; None: the best that can run here
 ) -> str:
     "The name of a detector that can run here, or an error that says what to do"
-    if name: return _ready(name) and name
+    if name:
+        _ready(name)
+        return name
     lacks = detectors()
     if usable := [n for n, lack in lacks.items() if not lack]: return usable[0]
     raise AssetMissing("no face detector can run on this machine.\n" + "\n".join(f"{n}: {lack}" for n, lack in lacks.items()))
 
-# %% ../nbs/02b_faces.ipynb #8de30b45
+# %% ../nbs/02b_faces.ipynb #b90a539b
 @dataclass(frozen=True)
 class _Search:
     "A detector with its files and settings"
@@ -560,7 +564,7 @@ class _Search:
 def _file_hash(path, size, written):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-# %% ../nbs/02b_faces.ipynb #b0e70592
+# %% ../nbs/02b_faces.ipynb #584c92d6
 def _search(detector, threshold, upsample, longest, device, cache):
     name = pick_detector(detector)
     files, threshold = tuple(_ready(name)), _DETECTORS[name].threshold if threshold is None else float(threshold)
@@ -574,7 +578,7 @@ def _content(source):
     if isinstance(source, np.ndarray): return repr((source.shape, source.dtype)).encode() + source.tobytes()
     return source.tobytes() if isinstance(source, Image.Image) else bytes(source)
 
-# %% ../nbs/02b_faces.ipynb #f8ecdec8
+# %% ../nbs/02b_faces.ipynb #c3458ecf
 _SHAPES = dict(box=(4,), score=(), landmarks=(68, 2), mediapipe=(478, 3))
 
 def _remember(path, found):
@@ -594,11 +598,11 @@ def _recall(path, detector):
     faces = (Face(**dict(zip(known, values)), detector=detector) for values in zip(*known.values()))
     return Detection(tuple(faces), tuple(map(int, size)), detector)
 
-# %% ../nbs/02b_faces.ipynb #10406f3f
+# %% ../nbs/02b_faces.ipynb #39d94fa6
 def _found(source, search):
     "All faces of a picture, from the cache if they are there."
     raw = _file_bytes(source) if isinstance(source, (str, os.PathLike)) else None
-    key = hashlib.blake2b(_content(source if raw is None else raw), digest_size=16).hexdigest() if search.folder else ""
+    key = hashlib.blake2b(_content(source) if raw is None else raw, digest_size=16).hexdigest() if search.folder else ""
     entry = search.folder / key[:2] / f"{key}.npz" if search.folder else None
     if entry and (known := _recall(entry, search.detector)) is not None: return known
     image = read_image(source) if raw is None else _decode(raw, source, MAX_PIXELS, (255, 255, 255), 1)
@@ -609,7 +613,7 @@ def _found(source, search):
     if entry: _remember(entry, found)
     return found
 
-# %% ../nbs/02b_faces.ipynb #142208b7
+# %% ../nbs/02b_faces.ipynb #8709729b
 _ORDERS = dict(size=lambda f: -f.area, score=lambda f: -np.nan_to_num(f.score))
 
 def _best(found, max_faces, order):
@@ -630,7 +634,7 @@ def detect(
     "The faces in a picture"
     return _best(_found(image, _search(detector, threshold, upsample, longest, device, cache)), max_faces, order)
 
-# %% ../nbs/02b_faces.ipynb #4e1b0302
+# %% ../nbs/02b_faces.ipynb #8a1751f6
 SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .jp2 .avif .ppm .pgm".split())
 
 def pictures_in(
@@ -652,7 +656,7 @@ class Found:
         empty, n = sum(not d for d in self.detections.values()), len(self.detections) + len(self.bad)
         return f"{n} pictures: a face in {n - empty - len(self.bad)}, none in {empty}, {len(self.bad)} unreadable"
 
-# %% ../nbs/02b_faces.ipynb #1e4c530d
+# %% ../nbs/02b_faces.ipynb #0a21d828
 def _try(path, search):
     try: return _found(path, search)
     except BadImage as e: return e
@@ -663,7 +667,7 @@ def _results(paths, search, workers):
     with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(partial(_try, search=search), paths, chunksize=8)
 
-# %% ../nbs/02b_faces.ipynb #530316ff
+# %% ../nbs/02b_faces.ipynb #8412c1bd
 def detect_folder(
     pictures, # a folder, or a list of paths
     detector:str|None=None, # as in `detect`, like the next five
