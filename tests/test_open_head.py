@@ -79,6 +79,18 @@ def test_jaw_angle_is_jaw_open(flame):
     assert still[62, 1] - still[66, 1] < 2e-3 < .025 < opened[62, 1] - opened[66, 1]
 
 
+def test_the_inner_lips_part_with_the_jaw(head, flame):
+    """Closed lips touch; each inner landmark must still lie on its own lip."""
+    closed, opened = flame(torch.zeros(1, 100)), flame(torch.zeros(1, 100), **{k: x[None] for k, x in unit_codes(jawOpen=1, n_exp=51).items()})
+    gap = lambda out, pairs: (out[0, [a for a, _ in pairs]] - out[0, [b for _, b in pairs]]).norm(dim=-1)
+    pairs = [(61, 67), (62, 66), (63, 65)]
+    assert gap(closed.landmarks2d, pairs).max() < .003 and gap(opened.landmarks2d, pairs).min() > .01
+    assert torch.equal(opened.landmarks2d[0, 60:], opened.landmarks3d[0, 60:])
+    ids = head.mediapipe.ids.tolist()
+    pairs = [(ids.index(a), ids.index(b)) for a, b in ((191, 95), (80, 88), (81, 178), (82, 87), (13, 14), (312, 317), (311, 402), (310, 318), (415, 324))]
+    assert gap(closed.landmarks_mp, pairs).max() < .003 and gap(opened.landmarks_mp, pairs).min() > .004
+
+
 def test_the_contour_slides_on_the_far_side(head, flame):
     angle = torch.tensor([0., 30, -30]).deg2rad()
     pose = torch.zeros(3, 6)
