@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_FILE', 'MIN_SIDE', 'MEDIAPIPE_105', 'SUFFIXES', 'BadImage', 'read_image', 'Crop',
            'crop_from_landmarks', 'crop_from_box', 'crop_whole', 'read_crop', 'Face', 'Detection', 'download_fan',
-           'detectors', 'pick_detector', 'detect', 'pictures_in', 'Found', 'detect_folder']
+           'detectors', 'pick_detector', 'detect', 'sidecar_landmarks', 'pictures_in', 'Found', 'detect_folder']
 
-# %% ../nbs/02b_faces.ipynb #0c723864
+# %% ../nbs/02b_faces.ipynb #4a64fbf5
 import hashlib, importlib.util, io, math, multiprocessing, os, urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
-import scipy.ndimage
+import scipy.io, scipy.ndimage
 import torch
 from fastcore.basics import patch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-from .core import ASSETS, AssetMissing, BadFile, EmocaError, asset, atomic_write, expect_array, load_checkpoint, load_npz, pick_device, progress, settings
+from .core import ASSETS, AssetMissing, BadFile, EmocaError, asset, atomic_write, expect_array
+from .core import load_checkpoint, load_npz, pick_device, progress, settings
 from .rasterizer import _jit
 
-# %% ../nbs/02b_faces.ipynb #b11458f2
+# %% ../nbs/02b_faces.ipynb #a6dd936c
 class BadImage(BadFile):
     "A picture that cannot be used; `reason` says why in two words"
     def __init__(self,
@@ -35,7 +36,7 @@ class BadImage(BadFile):
         super().__init__(path, expected, found)
         self.reason = reason
 
-# %% ../nbs/02b_faces.ipynb #ca6591a8
+# %% ../nbs/02b_faces.ipynb #6993a740
 _UPRIGHT = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -50,11 +51,11 @@ def _orientation(im):
     try: return im.getexif().get(0x0112, 1)
     except Exception: return 1
 
-# %% ../nbs/02b_faces.ipynb #56b09eb4
+# %% ../nbs/02b_faces.ipynb #f710ab44
 def _eight_bits(a, path):
     "A grey array of more than eight bits, or of floats, as bytes."
     if a.dtype.kind == "f":
-        if not np.isfinite(a).all() or a.min() < 0 or a.max() > 255: raise BadImage(path, "brightness from 0 to 1 or to 255", "values beyond", "not an image")
+        if not np.isfinite(a).all() or a.min() < 0 or a.max() > 255: raise BadImage(path, "brightness from 0 to 1 or to 255", "values beyond")
         return (a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8)
     top = 65535 if a.max(initial=0) <= 65535 else 2**32 - 1 if a.dtype == np.uint32 else 2**31 - 1
     return (a.clip(0, top) * (255 / top)).round().astype(np.uint8)
@@ -65,7 +66,7 @@ def _from_cmyk(im):
         return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (KeyError, OSError, ImageCms.PyCMSError): return im.convert("RGB")
 
-# %% ../nbs/02b_faces.ipynb #76cea886
+# %% ../nbs/02b_faces.ipynb #a787edc2
 def _rgb(im, path, background):
     "A loaded PIL picture as an RGB one."
     if im.mode == "RGB": return im
@@ -75,7 +76,7 @@ def _rgb(im, path, background):
     im = im.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", im.size, (*background, 255)), im).convert("RGB")
 
-# %% ../nbs/02b_faces.ipynb #23a2d877
+# %% ../nbs/02b_faces.ipynb #300a0515
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_000_000  # 9500 x 9400; Pillow's own limit of comfort
 MAX_FILE = 1 << 30
@@ -84,10 +85,11 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0
 
 def _check_size(path, width, height, max_pixels):
     what = f"{width} x {height} pixels"
-    if min(width, height) < MIN_SIDE: raise BadImage(path, f"at least {MIN_SIDE} x {MIN_SIDE} pixels", what, "too small" if min(width, height) else "empty")
+    if not width * height: raise BadImage(path, "a picture", what, "empty")
+    if min(width, height) < MIN_SIDE: raise BadImage(path, f"at least {MIN_SIDE} x {MIN_SIDE} pixels", what, "too small")
     if width * height > max_pixels: raise BadImage(path, f"at most {max_pixels:,} pixels", what, "too large")
 
-# %% ../nbs/02b_faces.ipynb #a9370b48
+# %% ../nbs/02b_faces.ipynb #005d6743
 def _file_bytes(path):
     "What a file holds, (N,) bytes."
     try:
@@ -96,7 +98,7 @@ def _file_bytes(path):
         return np.fromfile(path, np.uint8)
     except OSError as e: raise BadImage(path, "a picture", f"a file that cannot be read ({e.strerror or e})", "missing") from None
 
-# %% ../nbs/02b_faces.ipynb #30cb2c5c
+# %% ../nbs/02b_faces.ipynb #d720e47f
 def _opened(raw, path):
     "The PIL picture in these bytes; its pixels are not read yet."
     if not len(raw): raise BadImage(path, "a picture", "an empty file", "empty")
@@ -108,7 +110,7 @@ def _opened(raw, path):
     if head.startswith(_MAGIC): raise BadImage(path, "a picture", f"a header that breaks off ({len(raw):,} bytes)", "truncated")
     raise BadImage(path, "a picture (JPEG, PNG, WebP, TIFF, ...)", f"a file that begins with {head!r}", "not an image")
 
-# %% ../nbs/02b_faces.ipynb #ea295877
+# %% ../nbs/02b_faces.ipynb #4d8adba8
 def _decoded(im, path, background, shrink):
     "Pixels of a PIL picture, as stored."
     try:
@@ -119,7 +121,7 @@ def _decoded(im, path, background, shrink):
     except MemoryError: raise BadImage(path, "a picture that fits into memory", f"{im.width} x {im.height} pixels", "too large") from None
     except Exception as e: raise BadImage(path, "a whole picture", f"{e!s:.100}", "truncated") from None
 
-# %% ../nbs/02b_faces.ipynb #c5963359
+# %% ../nbs/02b_faces.ipynb #6fec5ebf
 def _halved(a, n):
     "Means over n x n pixels, of what there is at the far edges."
     return np.asarray(Image.fromarray(np.ascontiguousarray(a)).reduce(n)) if n > 1 else a
@@ -136,7 +138,7 @@ def _decode(raw, path, max_pixels, background, shrink):
     pixels = _UPRIGHT.get(_orientation(im), lambda a: a)(pixels)
     return np.ascontiguousarray(_halved(pixels, shrink if max(pixels.shape) == longest else 1))
 
-# %% ../nbs/02b_faces.ipynb #ae258ee5
+# %% ../nbs/02b_faces.ipynb #c83d2371
 def _from_array(a, path, background):
     "An array of one of the usual kinds as (H,W,3) bytes."
     if a.ndim == 2: a = a[..., None]
@@ -146,7 +148,7 @@ def _from_array(a, path, background):
     if a.shape[2] == 4: a = np.asarray(_rgb(Image.fromarray(np.ascontiguousarray(a)), path, background))
     return np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], 3)))
 
-# %% ../nbs/02b_faces.ipynb #295c2a55
+# %% ../nbs/02b_faces.ipynb #31dab8af
 def read_image(
     source, # a path, the bytes of a file, a PIL picture, or an array
     max_pixels:int=MAX_PIXELS, # more are refused before they are decoded
@@ -166,7 +168,7 @@ def read_image(
     pixels = _decoded(source, name, background, 1)
     return np.ascontiguousarray(_halved(_UPRIGHT.get(_orientation(source), lambda a: a)(pixels), shrink))
 
-# %% ../nbs/02b_faces.ipynb #de206c25
+# %% ../nbs/02b_faces.ipynb #a635948c
 @dataclass(frozen=True)
 class Crop:
     "A square of a photograph"
@@ -181,7 +183,7 @@ class Crop:
         (x, y), half = self.center, self.side / 2
         return np.array([[scale, 0, (half - x) * scale], [0, scale, (half - y) * scale], [0, 0, 1]])
 
-# %% ../nbs/02b_faces.ipynb #07c8c1af
+# %% ../nbs/02b_faces.ipynb #4224fd53
 @patch
 def points(self:Crop,
     px, # (...,2) photograph pixels
@@ -201,7 +203,7 @@ def photo_points(self:Crop,
     inside = (np.asarray(points, float) + 1) * (self.size / 2) - (0 if published else .5)
     return (inside - self.matrix[:2, 2]) / self.matrix[0, 0]
 
-# %% ../nbs/02b_faces.ipynb #607de001
+# %% ../nbs/02b_faces.ipynb #17d33842
 def _square(left, top, right, bottom, margin, drop, scale, shift, size):
     size0 = (right - left + bottom - top) / 2 * margin
     side = int(size0 * scale) if math.isfinite(size0) else 0
@@ -209,7 +211,7 @@ def _square(left, top, right, bottom, margin, drop, scale, shift, size):
     x, y = (left + right) / 2 + shift[0] * size0, (top + bottom) / 2 + (drop + shift[1]) * size0
     return Crop((float(x), float(y)), side, size)
 
-# %% ../nbs/02b_faces.ipynb #d15214ab
+# %% ../nbs/02b_faces.ipynb #7dd6da59
 def crop_from_landmarks(
     points, # (N,2) or (N,3) photograph pixels
     scale:float=1.25, # side of the square, of 1.1 (or `margin`) times the landmarks' box
@@ -222,7 +224,7 @@ def crop_from_landmarks(
     (left, top), (right, bottom) = points.min(0), points.max(0)
     return _square(left, top, right, bottom, margin, 0, scale, shift, size)
 
-# %% ../nbs/02b_faces.ipynb #c266faf4
+# %% ../nbs/02b_faces.ipynb #abfc1237
 def crop_from_box(
     box, # (4,) left, top, right, bottom in photograph pixels
     scale:float=1.25, # side of the square, of the box
@@ -232,7 +234,7 @@ def crop_from_box(
     "DECA's square around a detector's box"
     return _square(*map(float, box), 1, .12, scale, shift, size)
 
-# %% ../nbs/02b_faces.ipynb #2c33f424
+# %% ../nbs/02b_faces.ipynb #41b2ae95
 def crop_whole(
     width:int, # of the photograph, pixels
     height:int, # of the photograph, pixels
@@ -242,7 +244,7 @@ def crop_whole(
     "The square for a photograph in which no face was found"
     return crop_from_landmarks([[0, 0], [width - 1, height - 1]], scale, size)
 
-# %% ../nbs/02b_faces.ipynb #e0a90f12
+# %% ../nbs/02b_faces.ipynb #f2d7c2c0
 def _cubic(t):
     "Catmull-Rom weights of the pixels at -1, 0, 1, 2, for t in [0,1)."
     return np.stack([((2 - t) * t - 1) * t, (3 * t - 5) * t * t + 2, ((4 - 3 * t) * t + 1) * t, (t - 1) * t * t], -1) / 2
@@ -263,7 +265,7 @@ def _taps(start, step, n, limit, order, antialias):
     outside = (index < 0) | (index >= limit)
     return index.clip(0, max(limit - 1, 0)).astype(np.int32), np.where(outside, 0, weight).astype(np.float32)
 
-# %% ../nbs/02b_faces.ipynb #3aec2b87
+# %% ../nbs/02b_faces.ipynb #a65b2c87
 @_jit
 def _resample(image, rows, row_weights, columns, column_weights, out):
     "out (C,h,w) float32 from image (H,W,C): rows are mixed into one line, and pixels of the line into one pixel."
@@ -281,7 +283,7 @@ def _resample(image, rows, row_weights, columns, column_weights, out):
                 at, weight = (columns[j, l] - first) * channels, column_weights[j, l]
                 for c in range(channels): out[c, i, j] += weight * line[at + c]
 
-# %% ../nbs/02b_faces.ipynb #53dcc078
+# %% ../nbs/02b_faces.ipynb #075f65df
 @patch
 def cut(self:Crop,
     image, # (H,W,3) uint8, or float32 in [0,1]
@@ -299,7 +301,7 @@ def cut(self:Crop,
     if image.dtype != np.uint8: return out
     return out / np.float32(255) if exact else (out + np.float32(.5)).astype(np.uint8)
 
-# %% ../nbs/02b_faces.ipynb #ee230f3d
+# %% ../nbs/02b_faces.ipynb #44f4abd2
 @patch
 def shrunk(self:Crop,
     n:int, # 1, 2, 4 or 8, as in `read_image`
@@ -318,7 +320,7 @@ def read_crop(
     n = max(n for n in (1, 2, 4, 8) if crop.side / n >= crop.size or n == 1) if fast else 1
     return crop.shrunk(n).cut(read_image(source, shrink=n), **options)
 
-# %% ../nbs/02b_faces.ipynb #f3abcf6f
+# %% ../nbs/02b_faces.ipynb #e78b4abb
 def _soft(mask, feather):
     "A mask that rises over `feather` pixels from its edge inwards."
     if not feather: return mask
@@ -330,7 +332,7 @@ def _span(low, side, scale, n, size):
     first, last = max(math.ceil(low), 0), min(math.floor(low + side) + 1, n)
     return first, last, _taps((first - low) * scale, scale, max(last - first, 0), size, 1, True)
 
-# %% ../nbs/02b_faces.ipynb #427abfb5
+# %% ../nbs/02b_faces.ipynb #ccf52621
 def _plane(x, size):
     "A picture or mask of torch or NumPy as (size,size,3) float32."
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
@@ -357,10 +359,12 @@ def paste(self:Crop,
     out[top:bottom, left:right] = (below + 255 * colour.transpose(1, 2, 0) + .5).clip(0, 255)
     return out
 
-# %% ../nbs/02b_faces.ipynb #d9fcbc08
-MEDIAPIPE_105 = tuple(map(int, """276 282 283 285 293 295 296 300 334 336 46 52 53 55 63 65 66 70 105 107 249 263 362 373 374 380 381 382 384 385 386 387
-    388 390 398 466 7 33 133 144 145 153 154 155 157 158 159 160 161 163 173 246 168 6 197 195 5 4 129 98 97 2 326 327 358 0 13 14 17 37 39 40 61 78 80 81
-    82 84 87 88 91 95 146 178 181 185 191 267 269 270 291 308 310 311 312 314 317 318 321 324 375 402 405 409 415""".split()))
+# %% ../nbs/02b_faces.ipynb #1f27d260
+MEDIAPIPE_105 = tuple(map(int, """
+    276 282 283 285 293 295 296 300 334 336 46 52 53 55 63 65 66 70 105 107 249 263 362 373 374 380 381 382 384 385 386 387 388 390 398 466
+    7 33 133 144 145 153 154 155 157 158 159 160 161 163 173 246 168 6 197 195 5 4 129 98 97 2 326 327 358 0 13 14 17 37 39 40 61 78 80 81
+    82 84 87 88 91 95 146 178 181 185 191 267 269 270 291 308 310 311 312 314 317 318 321 324 375 402 405 409 415
+""".split()))
 
 @dataclass(frozen=True, eq=False)
 class Face:
@@ -381,7 +385,7 @@ class Face:
         "The points of MediaPipe's mesh that are pinned on FLAME: brows, eyes, nose, lips."
         return None if self.mediapipe is None else self.mediapipe[list(MEDIAPIPE_105), :2]
 
-# %% ../nbs/02b_faces.ipynb #2784175f
+# %% ../nbs/02b_faces.ipynb #74b47e4a
 @patch
 def crop(self:Face,
     scale:float=1.25, # as in `crop_from_landmarks`
@@ -392,7 +396,7 @@ def crop(self:Face,
     known = self.mediapipe if self.landmarks is None else self.landmarks
     return crop_from_box(self.box, scale, size) if known is None else crop_from_landmarks(known, scale, size, **options)
 
-# %% ../nbs/02b_faces.ipynb #4ce2c8e1
+# %% ../nbs/02b_faces.ipynb #26b43382
 @dataclass(frozen=True, eq=False)
 class Detection:
     "The faces of one picture; false if there is none"
@@ -411,7 +415,7 @@ def crop(self:Detection,
     "The square of the first face, or of the whole picture where there is none."
     return self[0].crop(scale, size) if self else crop_whole(*self.size[::-1], scale, size)
 
-# %% ../nbs/02b_faces.ipynb #7b22e99b
+# %% ../nbs/02b_faces.ipynb #61542dfa
 @lru_cache(1)
 def _dlib_points():
     package = importlib.util.find_spec("face_recognition_models")
@@ -422,7 +426,7 @@ def _dlib_model():
     import dlib
     return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(_dlib_points()))
 
-# %% ../nbs/02b_faces.ipynb #aaeb56c8
+# %% ../nbs/02b_faces.ipynb #0e7a9b73
 def _dlib_faces(image, small, zoom, search):
     import dlib
     find, place = _dlib_model()
@@ -432,7 +436,7 @@ def _dlib_faces(image, small, zoom, search):
         shape = place(image, dlib.rectangle(*(int(v) for v in box.round())))
         yield Face(box, float(score), np.array([(p.x, p.y) for p in shape.parts()], float), detector="dlib")
 
-# %% ../nbs/02b_faces.ipynb #dae4acc3
+# %% ../nbs/02b_faces.ipynb #dd2169ea
 _FAN_FILES = {"s3fd": "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth",
               "fan_2d": "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"}
 
@@ -445,7 +449,7 @@ def _fan_file(name):
     ASSETS[name].check(in_torch)
     return in_torch
 
-# %% ../nbs/02b_faces.ipynb #5a5b4012
+# %% ../nbs/02b_faces.ipynb #d85938c3
 def _with_weights(net, path):
     "A network with the weights of a file, all of them."
     try: net.load_state_dict(load_checkpoint(path))
@@ -453,32 +457,34 @@ def _with_weights(net, path):
     return net.eval()
 
 @lru_cache(2)
-def _fan_model(s3fd, fan_2d, device, threshold):
+def _fan_model(search):
     from face_alignment import FaceAlignment, LandmarksType
     from face_alignment.detection.sfd.net_s3fd import s3fd as S3FD
     from face_alignment.models import FAN
+    s3fd, fan_2d = search.files
     class FromFile(FaceAlignment):
         def _load_native(self, name, size, device, dtype): return _with_weights(FAN(size), fan_2d).to(device, dtype)
     safe = io.BytesIO()
     torch.save(_with_weights(S3FD(), s3fd).state_dict(), safe)
     safe.seek(0)
-    options = dict(path_to_detector=safe, filter_threshold=threshold)
-    return FromFile(LandmarksType.TWO_D, device=str(device), face_detector_kwargs=options, compile=False)
+    options = dict(path_to_detector=safe, filter_threshold=search.threshold)
+    return FromFile(LandmarksType.TWO_D, device=search.device, face_detector_kwargs=options, compile=False)
 
-# %% ../nbs/02b_faces.ipynb #2698ab3d
+# %% ../nbs/02b_faces.ipynb #85f88bd5
 def _fan_faces(image, small, zoom, search):
-    model = _fan_model(*search.files, search.device, search.threshold)
+    model = _fan_model(search)
     boxes = [np.append((b[:4] + .5) * zoom - .5, b[4]) for b in map(np.asarray, model.face_detector.detect_from_image(small))]
     points = model.get_landmarks_from_image(image, boxes) if boxes else ()
     for b, p in zip(boxes, points): yield Face(b[:4].astype(float), float(b[4]), np.asarray(p, float), detector="fan")
 
-# %% ../nbs/02b_faces.ipynb #4e6af4c6
+# %% ../nbs/02b_faces.ipynb #8e8b57bc
 def _fetch(url, path, timeout):
     digest, name = hashlib.sha256(), url.rpartition("/")[2]
     try:
         with atomic_write(path) as temporary, urllib.request.urlopen(url, timeout=timeout) as page, open(temporary, "wb") as f:
             while block := page.read(1 << 20): digest.update(block); f.write(block)
-            if digest.hexdigest()[:10] != name.partition("-")[2][:10]: raise BadFile(url, "the file whose checksum its name carries", digest.hexdigest()[:10])
+            found = digest.hexdigest()[:10]
+            if found != name.partition("-")[2][:10]: raise BadFile(url, "the file whose checksum its name carries", found)
     except (OSError, ValueError) as e: raise EmocaError(f"{url} could not be fetched ({e}); get it elsewhere and put it at {path}") from None
 
 def download_fan(
@@ -488,24 +494,25 @@ def download_fan(
     for name, url in _FAN_FILES.items():
         if not (path := settings().files[name]).exists(): _fetch(url, path, timeout)
 
-# %% ../nbs/02b_faces.ipynb #e9565bb9
+# %% ../nbs/02b_faces.ipynb #cb10cc25
 @lru_cache(2)
-def _mediapipe_model(path, threshold):
+def _mediapipe_model(search):
     from mediapipe.tasks.python import BaseOptions, vision
+    path, least = search.files[0], search.threshold
     options = vision.FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(path)), num_faces=20,
-                                           min_face_detection_confidence=threshold, min_face_presence_confidence=threshold)
+                                           min_face_detection_confidence=least, min_face_presence_confidence=least)
     try: return vision.FaceLandmarker.create_from_options(options)
     except (RuntimeError, ValueError) as e: raise BadFile(path, "MediaPipe's face landmarker", f"{e!s:.200}") from None
 
 def _mediapipe_faces(image, small, zoom, search):
     import mediapipe
-    result = _mediapipe_model(*search.files, search.threshold).detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image))
+    result = _mediapipe_model(search).detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image))
     h, w = image.shape[:2]
     for points in result.face_landmarks:
         mesh = np.array([(p.x * w - .5, p.y * h - .5, p.z * w) for p in points])
         yield Face(np.concatenate([mesh[:, :2].min(0), mesh[:, :2].max(0)]), mediapipe=mesh, detector="mediapipe")
 
-# %% ../nbs/02b_faces.ipynb #c3a83e0d
+# %% ../nbs/02b_faces.ipynb #9b26be91
 @dataclass(frozen=True)
 class _Detector:
     faces: object # generator of faces
@@ -519,7 +526,7 @@ _DETECTORS = {
     "mediapipe": _Detector(_mediapipe_faces, .1, ("mediapipe",), lambda: [asset("face_landmarker")]),
 }
 
-# %% ../nbs/02b_faces.ipynb #bcbb9717
+# %% ../nbs/02b_faces.ipynb #ac3ffb40
 def _ready(name):
     "The files of a detector that can run here, or the reason why it cannot."
     if name not in _DETECTORS: raise EmocaError(f"there is no detector {name!r}; choose one of {', '.join(_DETECTORS)}")
@@ -536,7 +543,7 @@ def detectors() -> dict: # name: what it lacks; "" if it can run
         else: lacks[name] = ""
     return lacks
 
-# %% ../nbs/02b_faces.ipynb #df9f5da7
+# %% ../nbs/02b_faces.ipynb #fd1b32d4
 def pick_detector(
     name:str|None=None, # "fan", "dlib" or "mediapipe"; None: the best that can run here
 ) -> str:
@@ -548,12 +555,13 @@ def pick_detector(
     if usable := [n for n, lack in lacks.items() if not lack]: return usable[0]
     raise AssetMissing("no face detector can run on this machine.\n" + "\n".join(f"{n}: {lack}" for n, lack in lacks.items()))
 
-# %% ../nbs/02b_faces.ipynb #b90a539b
+# %% ../nbs/02b_faces.ipynb #c784f6b9
 @dataclass(frozen=True)
 class _Search:
     "A detector with its files and settings"
     detector: str
     files: tuple
+    key: str # of the files' content and the settings
     threshold: float
     upsample: int # dlib: how often the picture is doubled
     longest: int # of the searched copy's sides, pixels
@@ -564,21 +572,21 @@ class _Search:
 def _file_hash(path, size, written):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-# %% ../nbs/02b_faces.ipynb #584c92d6
+# %% ../nbs/02b_faces.ipynb #881340eb
 def _search(detector, threshold, upsample, longest, device, cache):
     name = pick_detector(detector)
     files, threshold = tuple(_ready(name)), _DETECTORS[name].threshold if threshold is None else float(threshold)
     stats = [(p, s.st_size, s.st_mtime_ns) for p in files for s in [os.stat(p)]]
     key = hashlib.sha256(repr(([_file_hash(*s) for s in stats], threshold, upsample, longest)).encode()).hexdigest()[:12]
     folder = settings().data / "cache" / "faces" / f"{name}-{key}" if cache else None
-    return _Search(name, files, threshold, upsample, longest, str(pick_device(device)), folder)
+    return _Search(name, files, key, threshold, upsample, longest, str(pick_device(device)), folder)
 
 def _content(source):
     "What stands for a picture: its file's bytes, or its shape and pixels."
     if isinstance(source, np.ndarray): return repr((source.shape, source.dtype)).encode() + source.tobytes()
     return source.tobytes() if isinstance(source, Image.Image) else bytes(source)
 
-# %% ../nbs/02b_faces.ipynb #c3458ecf
+# %% ../nbs/02b_faces.ipynb #58460f51
 _SHAPES = dict(box=(4,), score=(), landmarks=(68, 2), mediapipe=(478, 3))
 
 def _remember(path, found):
@@ -598,7 +606,14 @@ def _recall(path, detector):
     faces = (Face(**dict(zip(known, values)), detector=detector) for values in zip(*known.values()))
     return Detection(tuple(faces), tuple(map(int, size)), detector)
 
-# %% ../nbs/02b_faces.ipynb #39d94fa6
+# %% ../nbs/02b_faces.ipynb #54dccc69
+def _smaller(image, longest):
+    "A copy whose longer side is `longest`, and how much larger the picture is."
+    zoom = max(max(image.shape) / longest, 1)
+    if zoom == 1: return image, 1
+    size = [max(round(n / zoom), 1) for n in image.shape[1::-1]]
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)), zoom
+
 def _found(source, search):
     "All faces of a picture, from the cache if they are there."
     raw = _file_bytes(source) if isinstance(source, (str, os.PathLike)) else None
@@ -606,14 +621,12 @@ def _found(source, search):
     entry = search.folder / key[:2] / f"{key}.npz" if search.folder else None
     if entry and (known := _recall(entry, search.detector)) is not None: return known
     image = read_image(source) if raw is None else _decode(raw, source, MAX_PIXELS, (255, 255, 255), 1)
-    zoom = max(max(image.shape) / search.longest, 1)
-    small = image if zoom == 1 else np.asarray(Image.fromarray(image).resize([round(n / zoom) for n in image.shape[1::-1]], Image.Resampling.BILINEAR, reducing_gap=2))
-    faces = tuple(_DETECTORS[search.detector].faces(image, small, zoom, search))
+    faces = tuple(_DETECTORS[search.detector].faces(image, *_smaller(image, search.longest), search))
     found = Detection(faces, image.shape[:2], search.detector)
     if entry: _remember(entry, found)
     return found
 
-# %% ../nbs/02b_faces.ipynb #8709729b
+# %% ../nbs/02b_faces.ipynb #e7762027
 _ORDERS = dict(size=lambda f: -f.area, score=lambda f: -np.nan_to_num(f.score))
 
 def _best(found, max_faces, order):
@@ -634,7 +647,20 @@ def detect(
     "The faces in a picture"
     return _best(_found(image, _search(detector, threshold, upsample, longest, device, cache)), max_faces, order)
 
-# %% ../nbs/02b_faces.ipynb #8a1751f6
+# %% ../nbs/02b_faces.ipynb #b0939ba4
+def sidecar_landmarks(
+    path, # of the picture
+): # (68,2) photograph pixels, or None if there is no such file
+    "The landmarks in a .mat or .txt file beside a picture; `BadFile` if it holds something else"
+    mat, txt = (Path(path).with_suffix(s) for s in (".mat", ".txt"))
+    file = mat if mat.is_file() else txt
+    if not file.is_file(): return None
+    if (n := file.stat().st_size) > 1 << 24: raise BadFile(file, "68 landmarks", f"{n:,} bytes")
+    try: points = scipy.io.loadmat(file, variable_names=["pt3d_68"])["pt3d_68"].T if file is mat else np.loadtxt(file, ndmin=2)
+    except Exception as e: raise BadFile(file, "68 landmarks" + (" under the name pt3d_68" if file is mat else ""), f"{e!s:.100}") from None
+    return expect_array(points[:, :2], "landmarks", file, (68, 2))
+
+# %% ../nbs/02b_faces.ipynb #ad912aef
 SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .jp2 .avif .ppm .pgm".split())
 
 def pictures_in(
@@ -656,7 +682,7 @@ class Found:
         empty, n = sum(not d for d in self.detections.values()), len(self.detections) + len(self.bad)
         return f"{n} pictures: a face in {n - empty - len(self.bad)}, none in {empty}, {len(self.bad)} unreadable"
 
-# %% ../nbs/02b_faces.ipynb #0a21d828
+# %% ../nbs/02b_faces.ipynb #a56c36e2
 def _try(path, search):
     try: return _found(path, search)
     except BadImage as e: return e
@@ -667,7 +693,7 @@ def _results(paths, search, workers):
     with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(partial(_try, search=search), paths, chunksize=8)
 
-# %% ../nbs/02b_faces.ipynb #8412c1bd
+# %% ../nbs/02b_faces.ipynb #9b56e3a3
 def detect_folder(
     pictures, # a folder, or a list of paths
     detector:str|None=None, # as in `detect`, like the next five
