@@ -352,7 +352,9 @@ def test_fan_files_are_found_at_either_place(fan_files, tmp_path, place):
 
 def test_fan_gives_faces_from_its_files(fan_files, own_data, monkeypatch):
     """Real networks with random weights; only the boxes are given, for random weights find anything."""
+    from face_alignment import utils
     from face_alignment.detection.sfd import sfd_detector
+    for name in ("transform_np", "_get_preds_fromhm"): monkeypatch.setattr(utils, name, getattr(utils, name).py_func)  # compiling them takes long
     seen, box = [], np.array([88.0, 38, 133, 90, .99])
     monkeypatch.setattr(sfd_detector, "detect", lambda net, image, device: (seen.append(image.shape), [np.array([box])])[1])
     (own_data / "face_alignment").mkdir(parents=True)
