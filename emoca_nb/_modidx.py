@@ -1079,6 +1079,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'emoca_nb.synthetic.marks': ('synthetic.html#marks', 'emoca_nb/synthetic.py'),
                                     'emoca_nb.synthetic.near_curve': ('synthetic.html#near_curve', 'emoca_nb/synthetic.py'),
                                     'emoca_nb.synthetic.noises': ('synthetic.html#noises', 'emoca_nb/synthetic.py'),
+                                    'emoca_nb.synthetic.once': ('synthetic.html#once', 'emoca_nb/synthetic.py'),
                                     'emoca_nb.synthetic.paint_maps': ('synthetic.html#paint_maps', 'emoca_nb/synthetic.py'),
                                     'emoca_nb.synthetic.paint_skin': ('synthetic.html#paint_skin', 'emoca_nb/synthetic.py'),
                                     'emoca_nb.synthetic.pixels_of': ('synthetic.html#pixels_of', 'emoca_nb/synthetic.py'),
