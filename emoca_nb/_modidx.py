@@ -483,6 +483,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'emoca_nb.emotion_net._listed': ('emotion_net.html#_listed', 'emoca_nb/emotion_net.py'),
                                       'emoca_nb.emotion_net._load_ours': ('emotion_net.html#_load_ours', 'emoca_nb/emotion_net.py'),
                                       'emoca_nb.emotion_net._moments': ('emotion_net.html#_moments', 'emoca_nb/emotion_net.py'),
+                                      'emoca_nb.emotion_net._network': ('emotion_net.html#_network', 'emoca_nb/emotion_net.py'),
                                       'emoca_nb.emotion_net._no_imagenet': ('emotion_net.html#_no_imagenet', 'emoca_nb/emotion_net.py'),
                                       'emoca_nb.emotion_net._parts': ('emotion_net.html#_parts', 'emoca_nb/emotion_net.py'),
                                       'emoca_nb.emotion_net._read_weights': ('emotion_net.html#_read_weights', 'emoca_nb/emotion_net.py'),

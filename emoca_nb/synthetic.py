@@ -20,7 +20,7 @@ __all__ = ['KINDS', 'UNIT_NAMES', 'LUMA', 'COLUMNS', 'RINGS', 'ROWS', 'HANG', 'M
            'draw_frame', 'encode', 'pixels_of', 'action_units', 'Layout', 'scene_of', 'truth_of', 'draw_shard',
            'ground_truth', 'synthesize', 'synthesize_command']
 
-# %% ../nbs/03a_synthetic.ipynb #4be7c564
+# %% ../nbs/03a_synthetic.ipynb #5b26a0e0
 import difflib, hashlib, json, math, os, pickle
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
@@ -40,7 +40,7 @@ from .open_head import EMOTIONS, EXPRESSION_UNITS, JAW_OPEN, PROTOTYPES, emotion
 from .renderer import Fragments, bake_uv, interpolate, project, rasterize, sh_basis, shade_sh, uv_fragments, uv_to_grid, vertex_normals
 from .viewer import one_thread
 
-# %% ../nbs/03a_synthetic.ipynb #f56fc97a
+# %% ../nbs/03a_synthetic.ipynb #aebad755
 KINDS = ("person", "shot", "video", "light", "look")
 
 def chance(
@@ -51,7 +51,7 @@ def chance(
     "The generator of one thing of a set."
     return np.random.default_rng([seed, KINDS.index(kind), *number])
 
-# %% ../nbs/03a_synthetic.ipynb #974135d3
+# %% ../nbs/03a_synthetic.ipynb #8153dd34
 def once(
     most: int | None,  # values kept; None: all
 ):  # a decorator
@@ -64,7 +64,7 @@ def once(
         return single
     return keep
 
-# %% ../nbs/03a_synthetic.ipynb #adaca6a5
+# %% ../nbs/03a_synthetic.ipynb #4f8bca65
 UNIT_NAMES = (*EXPRESSION_UNITS[:50], "jawOpen")
 
 @once(1)
@@ -83,7 +83,7 @@ def unit_vector(
     "The unit weights that codes stand for."
     return np.append(codes["exp"].numpy(), codes["pose"][3].item() / JAW_OPEN).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #1f733474
+# %% ../nbs/03a_synthetic.ipynb #c936663e
 @once(1)
 def prototypes() -> np.ndarray:  # (8,3,51)
     "Unit weights of each emotion's prototypes."
@@ -95,7 +95,7 @@ def units_at(
     "Where units stand in a vector of weights."
     return [UNIT_NAMES.index(unit) for name in names for unit in sided(name)]
 
-# %% ../nbs/03a_synthetic.ipynb #344f6077
+# %% ../nbs/03a_synthetic.ipynb #fb773273
 def _unit(x):
     "Vectors along the first dimension of a tensor, made unit"
     return x * (x * x).sum(0, keepdim=True).clamp(min=1e-12).rsqrt()
@@ -105,7 +105,7 @@ def _smooth(x, low, high):
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../nbs/03a_synthetic.ipynb #c5f1b3a7
+# %% ../nbs/03a_synthetic.ipynb #49eb558f
 LUMA = np.array([.299, .587, .114], np.float32)
 
 @once(1)
@@ -121,7 +121,7 @@ def skins() -> tuple[np.ndarray, np.ndarray]:  # (N,50) codes, and (N,) luminanc
     order = shaven[whole[shaven].argsort()]
     return codes[order], whole[order]
 
-# %% ../nbs/03a_synthetic.ipynb #b2dd39b8
+# %% ../nbs/03a_synthetic.ipynb #c92fa9b8
 COLUMNS, RINGS, ROWS, HANG = 97, 40, 22, 10
 MIDDLE, AZIMUTH = np.array([0, .03, -.03], np.float32), np.linspace(-np.pi, np.pi, COLUMNS)
 POLAR = np.linspace(.06, 2.6, RINGS)
@@ -132,7 +132,7 @@ def rays() -> np.ndarray:  # (C,R,3) unit
     x, y, z = np.sin(POLAR) * np.sin(AZIMUTH)[:, None], np.cos(POLAR), np.sin(POLAR) * np.cos(AZIMUTH)[:, None]
     return np.stack(np.broadcast_arrays(x, y, z), -1).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #e8e4a64e
+# %% ../nbs/03a_synthetic.ipynb #79679206
 @once(1)
 def anchors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,R,3) vertex ids, (C,R,3) weights, (C,R) height of the template there, metres
     "Where rays from the middle of the head leave the template; those that leave through the neck take the place of the ray above."
@@ -149,7 +149,7 @@ def anchors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,R,3) vertex id
     for r in range(1, RINGS): ids[missed[:, r], r], weights[missed[:, r], r] = ids[missed[:, r], r - 1], weights[missed[:, r], r - 1]
     return ids, weights, (head.v_template[ids] * weights[..., None]).sum(2)[..., 1]
 
-# %% ../nbs/03a_synthetic.ipynb #17548a9c
+# %% ../nbs/03a_synthetic.ipynb #c29a2131
 @dataclass(frozen=True, eq=False)
 class Hair:
     "A shell over the skull: hair, or a hat."
@@ -173,7 +173,7 @@ def draw_hair_colour(
     weight = np.array([1.6, 1, .9 * fair, .5 * fair, .4 * fair, .15 * fair, .9 * age**2, .8 * age**3])
     return (HAIR_COLOURS[r.choice(8, p=weight / weight.sum())] * r.uniform(.8, 1.25)).clip(.02, .9)
 
-# %% ../nbs/03a_synthetic.ipynb #1a5d07a8
+# %% ../nbs/03a_synthetic.ipynb #8abf616d
 def hairline(
     style: str,  # one of STYLES
     r: np.random.Generator,  # the source of randomness
@@ -195,7 +195,7 @@ def rings_at(
     "The fractional ring at a height on the template, for each direction."
     return np.stack([np.interp(-y, -heights, np.arange(RINGS)) for y, heights in zip(low, anchors()[2])])
 
-# %% ../nbs/03a_synthetic.ipynb #ff29ad7b
+# %% ../nbs/03a_synthetic.ipynb #87868a49
 def _thickness(style, rings, f, r):
     "Metres off the head of each row: more on the crown than at the sides, in lumps, tapering at the hairline"
     top, side = dict(short=(r.uniform(.006, .026), r.uniform(.003, .008)), bangs=(.016, .009), bob=(.018, .014), long=(.016, .012), tied=(.006, .005), fringe=(.005, .006),
@@ -221,7 +221,7 @@ def draw_hair(
     sway = np.sin(np.linspace(0, r.uniform(2, 7), HANG) + r.uniform(0, 3)) * r.uniform(0, .008) - np.linspace(0, 1, HANG) * r.uniform(-.01, .03)
     return Hair(style, draw_hair_colour(r, tone, age), rings, thick, hang, np.broadcast_to(sway, (COLUMNS, HANG)))
 
-# %% ../nbs/03a_synthetic.ipynb #d3b8e359
+# %% ../nbs/03a_synthetic.ipynb #8fdf15a3
 def _between(grid, rings):
     "(C,R,3) looked up at fractional rings (C,ROWS)"
     low = rings.clip(0, RINGS - 1.001).astype(int)
@@ -244,7 +244,7 @@ def grow(
     step, hangs = np.linspace(0, 1, HANG + 1)[1:, None], (hair.hang > 0)[:, None, None]
     return np.concatenate([shell, shell[:, -1:] + hair.hang[:, None, None] * step * down + side[:, None] * hair.sway[..., None] * hangs], 1).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #9809fe6f
+# %% ../nbs/03a_synthetic.ipynb #04a9c490
 @once(None)
 def grid_mesh(
     columns: int,  # of the grid
@@ -256,7 +256,7 @@ def grid_mesh(
     uv = np.stack(np.meshgrid(np.linspace(0, 1, columns), np.linspace(0, 1, rows), indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
     return np.concatenate([np.stack([a, a + 1, a + rows], 1), np.stack([a + rows, a + 1, a + rows + 1], 1)]), uv
 
-# %% ../nbs/03a_synthetic.ipynb #ed330be7
+# %% ../nbs/03a_synthetic.ipynb #b5d083be
 @dataclass(frozen=True)
 class Glasses:
     "A person's glasses."
@@ -275,7 +275,7 @@ def draw_glasses(
     sun = r.random() < .08
     return Glasses(r.uniform(.023, .028), r.uniform(.015, .021) + .003 * sun, r.uniform(2, 4), r.uniform(.0006, .0018), tuple(dark if r.random() < .6 else light), .93 if sun else r.uniform(.02, .12))
 
-# %% ../nbs/03a_synthetic.ipynb #32d57e16
+# %% ../nbs/03a_synthetic.ipynb #f31b173f
 def tube(
     path: np.ndarray,  # (N,3) metres
     radius: float,  # metres
@@ -290,7 +290,7 @@ def tube(
     if closed: points = np.concatenate([points, points[:1]])
     return points.reshape(-1, 3).astype(np.float32), grid_mesh(len(points), 5)[0]
 
-# %% ../nbs/03a_synthetic.ipynb #90f5e146
+# %% ../nbs/03a_synthetic.ipynb #2baacd07
 def _rims(g, points, turn):
     "Outlines (2,28,3) of the lenses, the right one first"
     right, up, forward = turn.T
@@ -317,7 +317,7 @@ def put_on(
         tubes.append(tube(np.linspace(hinge, back, 8) + right * side * .004 * arch, g.radius))
     return tubes, rims
 
-# %% ../nbs/03a_synthetic.ipynb #abb71ed9
+# %% ../nbs/03a_synthetic.ipynb #fd1944de
 def draw_hat(
     r: np.random.Generator,  # the source of randomness
 ) -> Hair:
@@ -343,7 +343,7 @@ def visor(
     out = np.linspace(0, 1, 6)[:, None] * (np.cos(np.linspace(-np.pi / 2, np.pi / 2, 25)).clip(0) ** .5)[:, None, None] * length
     return rim[:, None] + out * (turn[:, 2] * .95 - turn[:, 1] * .3)
 
-# %% ../nbs/03a_synthetic.ipynb #23e7ba4e
+# %% ../nbs/03a_synthetic.ipynb #4a018743
 AROUND = 41
 #                height, half width, half depth, middle; metres
 _TORSO = np.array([[-.075, .046, .044, -.058], [-.105, .052, .05, -.06], [-.122, .075, .060, -.058], [-.138, .115, .072, -.056],
@@ -363,7 +363,7 @@ def torso(
     low = np.cos(angle).clip(0) ** 3 * dip * np.exp(-1.2 * step) - collar * (step == 0)
     return np.stack([np.sin(angle) * (x * grown + rise), y - low - .6 * chest, np.cos(angle) * (z * grown + rise) + middle + chest], -1).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #6363a6ba
+# %% ../nbs/03a_synthetic.ipynb #4337f4f7
 @dataclass(frozen=True, eq=False)
 class Person:
     "What stays the same from one picture of a person to the next."
@@ -380,7 +380,7 @@ class Person:
     glasses: Glasses | None
     paint: dict  # see `draw_paint`
 
-# %% ../nbs/03a_synthetic.ipynb #e129c61c
+# %% ../nbs/03a_synthetic.ipynb #ff49fbcf
 def draw_paint(
     r: np.random.Generator,  # the source of randomness
     hair: Hair,  # of the person
@@ -395,7 +395,7 @@ def draw_paint(
     return beard | brow | dict(lash=.9 if made_up else r.uniform(.3, .7), lips=r.uniform(0, .6) if made_up else r.uniform(-.25, .05), cheek=r.uniform(0, .1),
                                freckle=max(0., r.normal(-.2, .3)), blotch=r.uniform(.01, .05), teeth=r.uniform(.72, 1.12), shine=r.lognormal(-.1, .5))
 
-# %% ../nbs/03a_synthetic.ipynb #7c9bd486
+# %% ../nbs/03a_synthetic.ipynb #2d55e50e
 @once(8)
 def draw_person(
     seed: int,  # of the set
@@ -410,7 +410,7 @@ def draw_person(
                   lean=r.normal(0, .1, 8).astype(np.float32), taste=r.dirichlet([.6] * 3, 8).astype(np.float32), lids=r.uniform(-.1, .07), hair=hair,
                   glasses=draw_glasses(r) if r.random() < .18 else None, paint=draw_paint(r, hair))
 
-# %% ../nbs/03a_synthetic.ipynb #b8a6dcb7
+# %% ../nbs/03a_synthetic.ipynb #d844e128
 _SIDE = np.array([n.endswith("Left") * 1. - n.endswith("Right") for n in UNIT_NAMES], np.float32)
 _STRAY = [i for i, n in enumerate(UNIT_NAMES) if not n.startswith(("eyeLook", "eyeBlink", "jaw", "mouthClose", "cheekPuff", "mouthFunnel", "mouthPucker"))]
 _SPEECH = units_at("mouthFunnel", "mouthPucker", "mouthStretch", "mouthLowerDown", "mouthUpperUp")
@@ -431,7 +431,7 @@ def express(
         w[r.choice(_SPEECH, 2)] += r.uniform(0, .3, 2)
     return w.clip(0, 1.15).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #a7f91130
+# %% ../nbs/03a_synthetic.ipynb #d7eef669
 AFFECT = np.array([[(0, 0), (-.02, -.02), (-.03, .02)], [(.75, .2), (.6, .0), (.78, .45)], [(-.65, -.3), (-.55, -.4), (-.72, .15)], [(.1, .72), (.22, .55), (.08, .88)],
                    [(-.4, .72), (-.35, .6), (-.45, .82)], [(-.65, .4), (-.6, .3), (-.7, .55)], [(-.5, .5), (-.52, .68), (-.45, .85)], [(-.5, .3), (-.5, .3), (-.6, .4)]])
 
@@ -450,7 +450,7 @@ def affect(
     "Valence and arousal that a labeller gives."
     return in_disc(intensity * taste @ AFFECT[emotion] + r.normal(0, .06 if emotion == 0 else .08, 2))
 
-# %% ../nbs/03a_synthetic.ipynb #e966b792
+# %% ../nbs/03a_synthetic.ipynb #2bdc975e
 @dataclass(frozen=True)
 class Effects:
     "What a picture has beyond the model's own rendering: a strength, or whether at all."
@@ -490,7 +490,7 @@ class Lens:
     noise: float  # deviation
     quality: int  # of the JPEG
 
-# %% ../nbs/03a_synthetic.ipynb #70b3724f
+# %% ../nbs/03a_synthetic.ipynb #40649980
 @dataclass(frozen=True, eq=False)
 class Scene:
     "One photograph before it is taken."
@@ -513,7 +513,7 @@ class Scene:
     prop: bool  # a hand or a microphone before the face
     effects: Effects = Effects()
 
-# %% ../nbs/03a_synthetic.ipynb #4469ffa4
+# %% ../nbs/03a_synthetic.ipynb #3e5c63db
 def draw_turn(
     r: np.random.Generator,  # the source of randomness
 ) -> np.ndarray:  # (3,) axis-angle, radians
@@ -531,7 +531,7 @@ def draw_light(
     light[4:] = r.normal(0, .04, (5, 1))
     return light
 
-# %% ../nbs/03a_synthetic.ipynb #de9ad463
+# %% ../nbs/03a_synthetic.ipynb #ca71c0fa
 def _lamp(direction, power, warmth):
     return np.concatenate([direction / np.linalg.norm(direction), power * np.exp(warmth * np.array([1, .1, -1]))])
 
@@ -545,7 +545,7 @@ def draw_lamps(
     if r.random() < .25: lamps.append(_lamp(np.array([r.choice([-1, 1]) * r.uniform(.8, 1.5), r.uniform(.2, .8), -r.uniform(.2, .8)]), r.uniform(.3, .9), r.normal(0, .12)))
     return np.array(lamps, np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #3d94509b
+# %% ../nbs/03a_synthetic.ipynb #74a0bfcb
 @once(1)
 def _sphere():
     "Directions (N,3) spread evenly, and the pseudo-inverse (9,N) of the harmonics there"
@@ -562,7 +562,7 @@ def lamp_harmonics(
     towards = torch.from_numpy(lamps)
     return (inverse @ ((n @ towards[:, :3].T).clamp(min=0) @ towards[:, 3:])).numpy()
 
-# %% ../nbs/03a_synthetic.ipynb #7d57da36
+# %% ../nbs/03a_synthetic.ipynb #5c3410ec
 def draw_outfit(
     r: np.random.Generator,  # the source of randomness
 ) -> Outfit:
@@ -581,7 +581,7 @@ def draw_lens(
                 contrast=r.uniform(.85, 1.35), cast=np.exp(r.normal(0, .06, 3)).astype(np.float32), saturation=0. if r.random() < .45 else r.uniform(.55, 1.15), vignette=r.exponential(.12),
                 noise=r.exponential(.009), quality=int(r.integers(55, 96)))
 
-# %% ../nbs/03a_synthetic.ipynb #bfbc78eb
+# %% ../nbs/03a_synthetic.ipynb #d9cc5a95
 def draw_scene(
     seed: int,  # of the set
     index: int,  # of the picture in the set
@@ -600,7 +600,7 @@ def draw_scene(
     return Scene(seed, (index,), 0, person, emotion, intensity, affect(emotion, intensity, taste, r), express(person, emotion, intensity, taste, r), draw_turn(r), gaze,
                  lids.astype(np.float32), framing, draw_light(light), draw_lamps(light), draw_outfit(light), draw_lens(light), bool(light.random() < .05))
 
-# %% ../nbs/03a_synthetic.ipynb #254f7625
+# %% ../nbs/03a_synthetic.ipynb #d2505eae
 def codes_of(
     scene: Scene,  # what is photographed
 ) -> dict[str, torch.Tensor]:  # shape, exp, pose, eye_pose, eyelid, tex, light, each with a batch of one
@@ -627,7 +627,7 @@ def camera_of(
     x, y = ((low + high) / 2).tolist()
     return torch.tensor([[scale, -x + 2 * framing[1] / scale, -y - 2 * framing[2] / scale]]).float()
 
-# %% ../nbs/03a_synthetic.ipynb #1f7c15a0
+# %% ../nbs/03a_synthetic.ipynb #2dde0f6a
 TEXELS, WINDOW = 512, (slice(92, 424), slice(96, 416))  # of the painted skin; rows and columns of the face in it
 
 @once(1)
@@ -647,7 +647,7 @@ def near_curve(
     d, nearest = cKDTree(fine).query(place[:2].reshape(2, -1).T, distance_upper_bound=reach)
     return np.where(place[2].ravel() > -20, d, np.inf).reshape(place.shape[1:]), np.append(way, 0)[nearest].reshape(place.shape[1:])
 
-# %% ../nbs/03a_synthetic.ipynb #beb5cb08
+# %% ../nbs/03a_synthetic.ipynb #caba7bb4
 def furrow(
     curve: np.ndarray,  # (n,2) millimetres, in the frontal plane
     width: float,  # of the furrow, millimetres
@@ -657,7 +657,7 @@ def furrow(
     d = np.where(np.isfinite(d), d, 1e4) / width
     return (-(1 - d**2) * np.exp(-d**2 / 2) * np.sin(np.pi * way).clip(0) ** .5).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #48a5a7d1
+# %% ../nbs/03a_synthetic.ipynb #60940d3f
 def _curves() -> dict:
     "Wrinkles of the left half of the face: group -> curves, and their width in millimetres."
     p = marks()[:, :2]
@@ -682,7 +682,7 @@ def wrinkle_maps() -> tuple[tuple, torch.Tensor]:  # names such as "crowLeft", a
     maps = {name: sum(furrow(c, width) for c in curves) for name, (curves, width) in _curves().items()}
     return tuple(n + s for n in maps for s in ("Left", "Right")), torch.from_numpy(np.stack([m[:, ::k].copy() for m in maps.values() for k in (1, -1)]))
 
-# %% ../nbs/03a_synthetic.ipynb #cd2432de
+# %% ../nbs/03a_synthetic.ipynb #989252f8
 DRIVERS = dict(forehead=dict(browInnerUp=.8, browOuterUp=.8), glabella=dict(browDown=1.1, browInnerUp=.25), root=dict(noseSneer=.7, browDown=.4), bunny=dict(noseSneer=1.),
                crow=dict(cheekSquint=.8, eyeSquint=.4, mouthSmile=.3), pouch=dict(cheekSquint=.6, eyeSquint=.5, noseSneer=.3), fold=dict(mouthSmile=.9, noseSneer=.6, mouthUpperUp=.6, cheekSquint=.3),
                bracket=dict(mouthSmile=.6, mouthDimple=.8, mouthStretch=.5), corner=dict(mouthFrown=.9, mouthStretch=.3), chin=dict(mouthShrugLower=1., mouthFrown=.4, mouthPress=.3))
@@ -706,7 +706,7 @@ def wrinkle_depths(
     "How deep each wrinkle is."
     return ((.25 + .85 * age) * (_drive() @ units) + .8 * age**2 * np.repeat(list(AT_REST.values()), 2)).clip(0, 1.3).astype(np.float32)
 
-# %% ../nbs/03a_synthetic.ipynb #96f95cb1
+# %% ../nbs/03a_synthetic.ipynb #7841d70b
 PORES, BLOTCHES, STRANDS, FREEZE, BUMPS = range(5)
 
 @once(1)
@@ -722,7 +722,7 @@ def texture_mask(
     "A region's mask at the size of the painted skin."
     return torch.from_numpy(cv2.resize(head_layer().head.uv_masks[name], (TEXELS, TEXELS), interpolation=cv2.INTER_LINEAR)).float() / 255
 
-# %% ../nbs/03a_synthetic.ipynb #ad50d80a
+# %% ../nbs/03a_synthetic.ipynb #8ce8d509
 @once(1)
 def paint_maps() -> dict[str, torch.Tensor]:  # (h,w) each, 0..1
     "Where each paint lies, over the face's window."
@@ -736,7 +736,7 @@ def paint_maps() -> dict[str, torch.Tensor]:  # (h,w) each, 0..1
                freckle=_smooth(z, 20, 40) * np.exp(-np.square((y - 2) / 22)) * _smooth(45 - abs(x), 0, 15))
     return {k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32)) for k, v in out.items()}
 
-# %% ../nbs/03a_synthetic.ipynb #709df4c5
+# %% ../nbs/03a_synthetic.ipynb #23805833
 @once(1)
 def _brow_frame():
     "Distance from the middle plane, height over the brow's line, and place along it (0 inner, 1 outer end): (h,w) each"
@@ -761,7 +761,7 @@ def lash_paint() -> torch.Tensor:  # (h,w) 0..1
     lines = (([36, 37, 38, 39], 1.6), ([42, 43, 44, 45], 1.6), ([36, 41, 40, 39], .7), ([42, 47, 46, 45], .7))
     return torch.from_numpy(sum(np.exp(-np.square(near_curve(marks()[ids, :2], 4 * w)[0] / w)) for ids, w in lines).clip(0, 1).astype(np.float32))
 
-# %% ../nbs/03a_synthetic.ipynb #3a9eb099
+# %% ../nbs/03a_synthetic.ipynb #169370cc
 BLOOD, MELANIN = torch.tensor([.25, 1., .85])[:, None, None], torch.tensor([.5, .9, 1.2])[:, None, None]
 
 def _pigments(person):
@@ -787,7 +787,7 @@ def paint_skin(
     grown = dict(bald=.12, fringe=.12).get(person.hair.style, .88)
     return fine.lerp_(face.mean((1, 2), keepdim=True) * (1 - grown) + grown * hair, texture_mask("scalp") * .9)
 
-# %% ../nbs/03a_synthetic.ipynb #6e2b27c7
+# %% ../nbs/03a_synthetic.ipynb #d1e5979f
 MATERIALS = ("skin", "eye", "teeth", "mouth", "hair", "chest", "cloth", "frame", "hat")
 SKIN, EYE, TEETH, MOUTH, HAIR, CHEST, CLOTH, FRAME, HAT = range(9)
 
@@ -802,7 +802,7 @@ def head_materials() -> np.ndarray:  # (F,) numbers in MATERIALS
     out[np.isin(head.faces, np.concatenate([head.regions["left_eyeball"], head.regions["right_eyeball"]])).all(1)] = EYE
     return out
 
-# %% ../nbs/03a_synthetic.ipynb #04885d81
+# %% ../nbs/03a_synthetic.ipynb #ed49ae6d
 @once(1)
 def _parts():
     "Material, faces and places in the grid of each part besides the head"
@@ -827,7 +827,7 @@ def topology(
     corners = faces.T.flatten().numpy()
     return faces, *rest, csr_array((np.ones(len(corners), np.float32), (corners, np.tile(np.arange(len(faces)), 3))), shape=(v, len(faces)))
 
-# %% ../nbs/03a_synthetic.ipynb #7b60566b
+# %% ../nbs/03a_synthetic.ipynb #99b0258e
 def build(
     scene: Scene,  # what is photographed
     vertices: np.ndarray,  # (V,3) of the posed head, metres
@@ -849,7 +849,7 @@ def build(
         if outfit.visor: parts["visor"] = visor(parts["hat"], turn, outfit.visor)
     return np.concatenate([p.reshape(-1, 3) for p in parts.values()]).astype(np.float32), tuple(parts)[1:], lenses
 
-# %% ../nbs/03a_synthetic.ipynb #9fa7d2a0
+# %% ../nbs/03a_synthetic.ipynb #a58ac6b5
 @dataclass(eq=False)
 class Pixels:
     "The n pixels that show the mesh, sorted by material."
@@ -880,7 +880,7 @@ def spread(self: Pixels,
     out[self.index] = values.T
     return out.view(self.size, self.size, -1).numpy()
 
-# %% ../nbs/03a_synthetic.ipynb #4dfd9176
+# %% ../nbs/03a_synthetic.ipynb #88bc06e3
 def vertex_frames(
     vertices: np.ndarray,  # (V,3) metres
     faces: np.ndarray,  # (F,3)
@@ -897,7 +897,7 @@ def vertex_frames(
         strand[first:first + math.prod(shell[:2])] = np.gradient(vertices[first:first + math.prod(shell[:2])].reshape(shell), axis=1).reshape(-1, 3)
     return torch.from_numpy(np.concatenate([normal, strand], 1))
 
-# %% ../nbs/03a_synthetic.ipynb #0e9e4896
+# %% ../nbs/03a_synthetic.ipynb #bda9b76c
 def look_at(
     vertices: np.ndarray,  # (V,3) metres
     names: tuple,  # parts besides the head
@@ -919,7 +919,7 @@ def look_at(
     place = torch.stack([x / scale - tx, -y / scale - ty, -seen.depth.flatten()[index] / scale])
     return Pixels(size, index, starts, normal, strand, interpolate(seen, uv, uv_faces)[0].flatten(1)[:, index], place, *zeros), seen
 
-# %% ../nbs/03a_synthetic.ipynb #eeffd43a
+# %% ../nbs/03a_synthetic.ipynb #dbfb5d38
 @once(1)
 def _gradients():
     "Gradients of texel column and row over the template, per millimetre: two (3,h,w)"
@@ -939,7 +939,7 @@ def relief(
     gu, gv = _gradients()
     return torch.cat([(along * gu + down * gv).clamp(-1.5, 1.5), h[None]])
 
-# %% ../nbs/03a_synthetic.ipynb #ae8ded80
+# %% ../nbs/03a_synthetic.ipynb #95733aed
 @once(8)
 def skin_of(
     seed: int,  # of the set
@@ -961,7 +961,7 @@ def _window(uv):
     middle, half = (torch.tensor([[f(w) / TEXELS] for w in WINDOW[::-1]]) for f in (lambda w: w.start + w.stop - TEXELS, lambda w: w.stop - w.start))
     return (uv - middle) / half
 
-# %% ../nbs/03a_synthetic.ipynb #40d8780a
+# %% ../nbs/03a_synthetic.ipynb #7555727e
 @patch
 def wear_skin(self: Pixels,
     scene: Scene,  # what is photographed
@@ -981,7 +981,7 @@ def wear_skin(self: Pixels,
         self.albedo[:, inner] *= torch.exp(-((lips - .008 - self.place[2, inner]) / .022).clamp(0, 3))
     return colour[3, skin]
 
-# %% ../nbs/03a_synthetic.ipynb #fbc98226
+# %% ../nbs/03a_synthetic.ipynb #f64595a0
 @patch
 def wear_clothes(self: Pixels,
     scene: Scene,  # what is photographed
@@ -996,7 +996,7 @@ def wear_clothes(self: Pixels,
     if person.glasses: self.albedo[:, self.of(FRAME)] = torch.tensor(person.glasses.colour).float()[:, None]
     if outfit.hat: self.albedo[:, self.of(HAT)] = torch.from_numpy(outfit.hat.colour).float()[:, None]
 
-# %% ../nbs/03a_synthetic.ipynb #6e26f797
+# %% ../nbs/03a_synthetic.ipynb #b5325cdb
 @patch
 def wear_hair(self: Pixels,
     scene: Scene,  # what is photographed
@@ -1011,7 +1011,7 @@ def wear_hair(self: Pixels,
         across = (-22 * (half @ self.strand[:, hair] + .08 * noise) ** 2).exp() * (lamp[:3] @ self.normal[:, hair]).clamp(0, 1) * (.6 + .3 * noise).clamp(0, 1)
         self.gloss[:, hair] += scene.effects.shine * across * lamp[3:, None] * (.05 + .22 * colour)
 
-# %% ../nbs/03a_synthetic.ipynb #e1164d10
+# %% ../nbs/03a_synthetic.ipynb #2cafcc5c
 @patch
 def shadow(self: Pixels,
     vertices: torch.Tensor,  # (1,V,3) metres
@@ -1043,7 +1043,7 @@ def openness(self: Pixels) -> torch.Tensor:  # (n,) 1 open, less in hollows
         out *= 1 - (strength * (depth[..., 0] - near)).clip(0, .45)
     return torch.from_numpy(out).flatten()[self.index]
 
-# %% ../nbs/03a_synthetic.ipynb #74e464d3
+# %% ../nbs/03a_synthetic.ipynb #ca47ce72
 #               how far red, green, blue reach into shadow; broad shine, sharp shine, its exponent; a row for each material
 LOOK = torch.tensor([[.30, .16, .10, .10, .10, 50], [.1, .05, .05, 0, .7, 300], [.2, .2, .15, .10, .30, 60], [.2, .1, .1, .05, .30, 50], [.3, .3, .3, 0, 0, 1],
                      [.30, .16, .10, .06, .05, 30], [.1, .1, .1, .01, 0, 20], [0, 0, 0, .1, .7, 60], [.15, .15, .15, .01, 0, 20]]).T
@@ -1068,7 +1068,7 @@ def shade(self: Pixels,
     glow[:, self.of(SKIN, EYE)] *= scene.person.paint["shine"]
     return self.albedo * light + scene.effects.shine * glow + self.gloss
 
-# %% ../nbs/03a_synthetic.ipynb #10a0d4ff
+# %% ../nbs/03a_synthetic.ipynb #9c659efd
 def backdrop(
     r: np.random.Generator,  # the source of randomness
     size: int,  # side of the picture, pixels
@@ -1085,7 +1085,7 @@ def backdrop(
     sharp = r.uniform(.3, 3)
     return cv2.resize(gaussian_filter(field, (sharp, sharp, 0)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
-# %% ../nbs/03a_synthetic.ipynb #207e86f8
+# %% ../nbs/03a_synthetic.ipynb #93baf321
 def capsules(
     size: int,  # side of the picture, pixels
     bones: np.ndarray,  # (n,5) ends x, y, x, y and radius, in [-1,1] of the picture
@@ -1103,7 +1103,7 @@ def capsules(
         normal[:, nearer] = np.stack([dx, -dy, np.sqrt(inside.clip(0))])[:, nearer]
     return (best * 12).clip(0, 1), normal
 
-# %% ../nbs/03a_synthetic.ipynb #2049fe48
+# %% ../nbs/03a_synthetic.ipynb #609f788b
 def draw_bones(
     r: np.random.Generator,  # the source of randomness
     points: np.ndarray,  # (68,2) landmarks in [-1,1]
@@ -1135,7 +1135,7 @@ def hold(
     for lamp in scene.lamps: light = light + lamp[3:] * np.einsum("c,chw->hw", lamp[:3], normal)[..., None].clip(0)
     return (image + (colour * light * (.6 + .4 * normal[2])[..., None] - image) * mask[..., None]).astype(np.float32), mask
 
-# %% ../nbs/03a_synthetic.ipynb #078f7ef1
+# %% ../nbs/03a_synthetic.ipynb #b32196e9
 def lens_glass(
     image: np.ndarray,  # (R,R,3) float32
     seen: Fragments,  # what each pixel sees
@@ -1153,7 +1153,7 @@ def lens_glass(
     streak = np.sin((x * r.uniform(.5, 1.5) + y) * r.uniform(8, 20) + r.uniform(0, 6)).clip(0, 1) ** 2 * r.choice([.02, .07, .25], p=[.65, .28, .07])
     return (image * (1 - tint * over)[..., None] + (over * streak)[..., None]).astype(np.float32), over * tint
 
-# %% ../nbs/03a_synthetic.ipynb #eb69a536
+# %% ../nbs/03a_synthetic.ipynb #b60b827e
 @once(64)
 def tone_curve(
     contrast: float,  # slope in the middle
@@ -1177,7 +1177,7 @@ def blurred(
     line = cv2.warpAffine(line, cv2.getRotationMatrix2D((n // 2, n // 2), math.degrees(angle), 1), (n, n))
     return cv2.filter2D(image, -1, line / line.sum())
 
-# %% ../nbs/03a_synthetic.ipynb #275a69e6
+# %% ../nbs/03a_synthetic.ipynb #c68f0349
 @once(1)
 def _grain():
     return np.random.default_rng(2).standard_normal((1024, 1024), np.float32)
@@ -1210,7 +1210,7 @@ def expose(
     image = tone_curve(lens.contrast)[(image * 1024).clip(0, 4095).astype(np.int16)]
     return ((image + film_grain(size, 3 if lens.saturation else 1, r) * np.float32(lens.noise)).clip(0, 1) * 255 + .5).astype(np.uint8)
 
-# %% ../nbs/03a_synthetic.ipynb #8f39f739
+# %% ../nbs/03a_synthetic.ipynb #bf8658ff
 LABELS = ("background", "face", "eyes", "mouth", "skin", "hair", "clothes", "other")
 _LABEL_OF = torch.tensor([4, 2, 3, 3, 5, 4, 6, 7, 7])  # of each material; which skin is the face's, the texture's region says
 
@@ -1238,7 +1238,7 @@ def seen_points(
     x, y = pixel.clamp(0, len(depth) - 1).T
     return (inside & (points[0, :, 2] < depth[y, x] + slack)).numpy() & ~hidden[y, x]
 
-# %% ../nbs/03a_synthetic.ipynb #feacde70
+# %% ../nbs/03a_synthetic.ipynb #ec2270ea
 def light_of(
     scene: Scene,  # what is photographed
     out,  # `HeadOutput` of the head
@@ -1260,7 +1260,7 @@ def light_of(
     picture = pixels.spread(torch.cat([light, label[None]]))
     return np.where(picture[..., 3:] > 0, picture[..., :3], backdrop(r, size)), picture[..., 3].astype(np.uint8), seen, lenses
 
-# %% ../nbs/03a_synthetic.ipynb #eceef50f
+# %% ../nbs/03a_synthetic.ipynb #e638d9a8
 def draw(
     scene: Scene,  # what is photographed
     size: int = 224,  # side of the picture, pixels
@@ -1285,7 +1285,7 @@ def draw(
     return Photograph(image, cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST), {k: v[0].numpy() for k, v in codes.items()}, out.vertices[0].numpy(),
                       *(p[0, :, :2].numpy() for p in points), *visible)
 
-# %% ../nbs/03a_synthetic.ipynb #c463af57
+# %% ../nbs/03a_synthetic.ipynb #ec125c3d
 FPS = 25
 
 def slow(
@@ -1311,7 +1311,7 @@ class Track:
     lids: np.ndarray  # (n,2) 0..1
     framing: np.ndarray  # (n,3)
 
-# %% ../nbs/03a_synthetic.ipynb #49bec166
+# %% ../nbs/03a_synthetic.ipynb #41324f14
 def episodes(
     person: Person,  # who
     t: np.ndarray,  # (n,) seconds
@@ -1322,7 +1322,7 @@ def episodes(
     while start < t[-1]:
         emotion, intensity = int(r.integers(1, 8)), float(r.uniform(.5, 1))
         taste = r.dirichlet(.2 + 1.5 * person.taste[emotion])
-        rise, stay, fall = r.uniform(.25, .7), r.uniform(.4, 1.8), r.uniform(.4, 1.)
+        rise, stay, fall = r.uniform(.35, .8), r.uniform(.4, 1.8), r.uniform(.4, 1.)
         envelope = _smooth(t, start, start + rise) * (1 - _smooth(t, start + rise + stay, start + rise + stay + fall))
         out.append((emotion, intensity, envelope, express(person, emotion, intensity, taste, r), affect(emotion, intensity, taste, r)))
         start += rise + stay + fall + r.uniform(0, .7)
@@ -1336,7 +1336,7 @@ def blinks(
     times = np.cumsum(r.exponential(3, 40) + .5) - r.uniform(0, 3)
     return np.max([np.interp(t - at, [-.1, -.02, .02, .2], [0, 1, 1, 0]) for at in times], 0)
 
-# %% ../nbs/03a_synthetic.ipynb #1226e062
+# %% ../nbs/03a_synthetic.ipynb #ebbf3b12
 @once(4)
 def draw_track(
     seed: int,  # of the set
@@ -1370,7 +1370,7 @@ def draw_frame(
     return Scene(seed, (0, video), frame, draw_person(seed, k.person), int(k.emotion[frame]), float(k.intensity[frame]), k.affect[frame], k.units[frame], k.turn[frame], k.gaze[frame],
                  k.lids[frame], k.framing[frame], draw_light(light), draw_lamps(light), draw_outfit(light), draw_lens(light), False)
 
-# %% ../nbs/03a_synthetic.ipynb #470436bc
+# %% ../nbs/03a_synthetic.ipynb #1cfcd5e6
 def encode(
     image: np.ndarray,  # (H,W,3) uint8 RGB
     quality: int,  # of a JPEG, 1 to 100
@@ -1388,7 +1388,7 @@ def pixels_of(
     "Points in pixels."
     return (points + 1) * (size / 2) - .5
 
-# %% ../nbs/03a_synthetic.ipynb #33d04a76
+# %% ../nbs/03a_synthetic.ipynb #c5d1b000
 def _affectnet_path(seed, index): return f"Manually_Annotated/Manually_Annotated_Images/{index // 1000 + 1}/{hashlib.sha256(f'{seed} {index}'.encode()).hexdigest()[:56]}.jpg"
 
 def _emonet_labels(rows, points):
@@ -1409,7 +1409,7 @@ def _finish_affectnet(root, truth, size):
     for name, digit in (("val", 1), ("test", 2)):
         with atomic_write(root / f"{name}_fullpath.pkl") as file: file.write_bytes(pickle.dumps(_emonet_labels(rows[part == digit], points[part == digit]), 2))
 
-# %% ../nbs/03a_synthetic.ipynb #39623c17
+# %% ../nbs/03a_synthetic.ipynb #025ebe21
 def _vggface2_path(seed, index): return f"train/n{index // 8 + 1:06d}/{index % 8 + 1:04d}_01.jpg"
 
 def _beside_vggface2(path, photo):
@@ -1423,7 +1423,7 @@ def _finish_vggface2(root, truth, size):
     rows = [own[:5] + [other[0]] for own, other in zip(people, people[1:] + people[:1]) if len(own) >= 5]
     with atomic_write(root / "train_list.npy") as file: np.save(file, np.array(rows, "U20").reshape(-1, 6))
 
-# %% ../nbs/03a_synthetic.ipynb #bc7aef76
+# %% ../nbs/03a_synthetic.ipynb #b8fba807
 FRAMES = dict(afew_va=48, aff_wild2=64)
 
 def _afew_path(seed, index): return f"{index // FRAMES['afew_va'] + 1:03d}/{index % FRAMES['afew_va']:05d}.png"
@@ -1438,7 +1438,7 @@ def _finish_afew(root, truth, size):
         about = dict(video_id=name, actor=f"person {truth['identity'][truth['video'] == video][0]}", frames=frames)
         with atomic_write(root / name / f"{name}.json") as file: file.write_text(json.dumps(about))
 
-# %% ../nbs/03a_synthetic.ipynb #bde510b3
+# %% ../nbs/03a_synthetic.ipynb #9db7e303
 AFF_CLASSES = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
 _AFF_CLASS_OF = np.array([0, 4, 5, 6, 3, 2, 1, 7])  # of each of EMOTIONS
 ACTION_UNITS = dict(AU1=["browInnerUp"], AU2=["browOuterUp"], AU4=["browDown"], AU6=["cheekSquint"], AU7=["eyeSquint"], AU10=["mouthUpperUp"], AU12=["mouthSmile"], AU15=["mouthFrown"],
@@ -1462,7 +1462,7 @@ def _finish_aff(root, truth, size):
         for task, (header, values, form) in tables.items():
             with atomic_write(root / f"{task}_Set" / part / f"video{video + 1:03d}.txt") as file: np.savetxt(file, values[rows], form, ",", header=header, comments="")
 
-# %% ../nbs/03a_synthetic.ipynb #4ce1d068
+# %% ../nbs/03a_synthetic.ipynb #1939b8f7
 @dataclass(frozen=True)
 class Layout:
     "How a set lies on disk."
@@ -1483,7 +1483,7 @@ def scene_of(
     each = LAYOUTS[layout].each
     return draw_frame(seed, *divmod(index, each), each) if layout in FRAMES else draw_scene(seed, index, each)
 
-# %% ../nbs/03a_synthetic.ipynb #1cb98e0f
+# %% ../nbs/03a_synthetic.ipynb #6722c767
 SHARD, VERSION = 64, 3
 
 def truth_of(
@@ -1525,7 +1525,7 @@ def draw_shard(
     with atomic_write(f"{stem}.npz") as file: np.savez(file, **{k: np.stack([t[k] for t in truths]) for k in truths[0]})
     return last - first
 
-# %% ../nbs/03a_synthetic.ipynb #1aa635e6
+# %% ../nbs/03a_synthetic.ipynb #5b80d824
 LARGE = ("vertices", "masks")
 
 def ground_truth(
@@ -1542,7 +1542,7 @@ def ground_truth(
     if unknown := [n for n in names if n not in LARGE and n not in shards[0]]: raise EmocaError(f"{root} has no truth called {unknown[0]!r}; there are {', '.join((*shards[0], *LARGE))}")
     return {n: np.concatenate([read[n](f) for f in files] if n in LARGE else [s[n] for s in shards]) for n in names}
 
-# %% ../nbs/03a_synthetic.ipynb #53b439cd
+# %% ../nbs/03a_synthetic.ipynb #76430210
 def _settings(layout, n, seed, size, plain):
     "Checked settings of a set"
     if layout not in LAYOUTS: raise EmocaError(f"there is no layout {layout!r}. Did you mean {difflib.get_close_matches(layout, LAYOUTS, 1, 0)[0]!r}? There are {', '.join(LAYOUTS)}.")
@@ -1564,7 +1564,7 @@ def _claim(root, settings):
     with atomic_write(mark) as file: file.write_text(json.dumps(dict(settings=settings, done=False)))
     return False
 
-# %% ../nbs/03a_synthetic.ipynb #48c90463
+# %% ../nbs/03a_synthetic.ipynb #c86a8982
 def synthesize(
     layout: str,  # affectnet, vggface2, afew_va or aff_wild2
     root,  # folder of the set; a finished set with the same settings is used again
@@ -1588,7 +1588,7 @@ def synthesize(
     with atomic_write(root / "synthetic.json") as file: file.write_text(json.dumps(dict(settings=settings, done=True)))
     return root
 
-# %% ../nbs/03a_synthetic.ipynb #d4564070
+# %% ../nbs/03a_synthetic.ipynb #f4833c69
 @click.command("synthesize")
 @click.argument("layout", type=click.Choice(list(LAYOUTS)))
 @click.argument("root", type=click.Path(file_okay=False, path_type=Path))

@@ -183,16 +183,13 @@ def test_labels_fit_the_mesh():
 
 
 def test_a_hidden_landmark_is_not_visible():
-    scene = replace(S.draw_scene(0, 9), turn=np.radians([0, 45, 0]).astype(np.float32), effects=S.PLAIN)
-    seen = S.draw(scene, SMALL)
-    assert not seen.visible[S_RIGHT_EYE].all() or not seen.visible[[48, 60]].all()
+    scene = replace(S.draw_scene(0, 9), turn=np.radians([0, 80, 0]).astype(np.float32), effects=S.PLAIN)
+    seen = S.draw(scene, SMALL)  # turned to the left: the left eye is behind the nose
+    assert not seen.visible[42:48].any() and seen.visible[[36, 37, 41]].all()
     front = S.draw(replace(scene, turn=np.zeros(3, np.float32)), SMALL)
     assert front.visible.mean() > .95 and front.mediapipe_visible.mean() > .9
     away = S.draw(replace(scene, framing=np.array([1.6, .8, 0])), SMALL)
     assert not away.visible[np.abs(away.landmarks).max(1) > 1].any() and (np.abs(away.landmarks).max(1) > 1).any()
-
-
-S_RIGHT_EYE = [36, 41]
 
 
 def test_lamps_keep_their_harmonics():
@@ -267,14 +264,15 @@ def test_aff_wild2(tmp_path):
 
 
 def test_a_video_is_smooth_and_has_an_apex():
-    n, moved = 200, []
+    n, moved, closed = 200, [], 0
     for video in range(6):
         k = S.draw_track(5, video, n)
-        assert np.abs(np.diff(k.units, axis=0)).max() < .5 and np.abs(np.diff(k.turn, axis=0)).max() < np.radians(2) and np.abs(np.diff(k.affect, axis=0)).max() < .15
-        assert k.intensity.max() > .45 and k.lids.max() > .9 and np.linalg.norm(k.affect, axis=1).max() <= 1 + 1e-6
+        assert np.abs(np.diff(k.units, axis=0)).max() < .5 and np.abs(np.diff(k.turn, axis=0)).max() < np.radians(2) and np.abs(np.diff(k.affect, axis=0)).max() < .2
+        assert k.intensity.max() > .45 and np.linalg.norm(k.affect, axis=1).max() <= 1 + 1e-6
         assert (k.emotion[k.intensity > .35] > 0).all() and (k.intensity[k.emotion == 0] == 0).all()
         moved.append(set(k.emotion))
-    assert len(set.union(*moved)) > 3
+        closed += k.lids.max() > .9
+    assert len(set.union(*moved)) > 3 and closed >= 4
 
 
 # ---------------------------------------------------------------------------- reading
