@@ -702,6 +702,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'emoca_nb.fitting.Prior.to': ('fitting.html#prior.to', 'emoca_nb/fitting.py'),
                                   'emoca_nb.fitting.Surface': ('fitting.html#surface', 'emoca_nb/fitting.py'),
                                   'emoca_nb.fitting._compare': ('fitting.html#_compare', 'emoca_nb/fitting.py'),
+                                  'emoca_nb.fitting._huber': ('fitting.html#_huber', 'emoca_nb/fitting.py'),
                                   'emoca_nb.fitting._light': ('fitting.html#_light', 'emoca_nb/fitting.py'),
                                   'emoca_nb.fitting._pin': ('fitting.html#_pin', 'emoca_nb/fitting.py'),
                                   'emoca_nb.fitting._reduced': ('fitting.html#_reduced', 'emoca_nb/fitting.py'),

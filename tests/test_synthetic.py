@@ -13,11 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from emoca_nb import photographs as P
 from emoca_nb import synthetic as S
 from emoca_nb.core import BadFile, EmocaError, load_pickle
 from emoca_nb.data import aff_wild2, affectnet, afew_va, consistent, vggface2
 from emoca_nb.open_head import EMOTIONS
-from emoca_nb.renderer import HeadRenderer, project
+from emoca_nb.renderer import HeadRenderer, project, shade_sh
 
 SMALL = 32  # pixels: fast, and everything is drawn as in large pictures
 
@@ -48,13 +49,13 @@ def same_truth(a, b):
 
 
 def test_a_picture_depends_on_seed_and_number_alone():
-    alone = S.draw(S.draw_scene(3, 41), SMALL)
-    for i in (7, 40, 3): S.draw(S.draw_scene(3, i), SMALL)
-    S.draw_person.cache_clear(), S.skin_of.cache_clear()
-    again = S.draw(S.draw_scene(3, 41), SMALL)
+    alone = P.draw(P.draw_scene(3, 41), SMALL)
+    for i in (7, 40, 3): P.draw(P.draw_scene(3, i), SMALL)
+    P.draw_person.cache_clear(), P.skin_of.cache_clear()
+    again = P.draw(P.draw_scene(3, 41), SMALL)
     np.testing.assert_array_equal(alone.image, again.image)
     np.testing.assert_array_equal(alone.vertices, again.vertices)
-    assert (alone.image != S.draw(S.draw_scene(4, 41), SMALL).image).any()
+    assert (alone.image != P.draw(P.draw_scene(4, 41), SMALL).image).any()
 
 
 def test_processes_do_not_matter(world, truth, tmp_path):
@@ -111,23 +112,23 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
 
 
 def test_skins_are_spread_over_tones():
-    tones = np.array([S.draw_person(0, i).tone for i in range(300)])
-    counts = np.histogram(tones, 5, (S.skins()[1][0], S.skins()[1][-1]))[0]
+    tones = np.array([P.draw_person(0, i).tone for i in range(300)])
+    counts = np.histogram(tones, 5, (P.skins()[1][0], P.skins()[1][-1]))[0]
     assert counts.min() > 35, counts
 
 
 def test_prototypes_survive_habits():
     "Among all prototypes, the one that a person's expression resembles most is of the emotion that was meant."
-    flat, right = S.prototypes().reshape(24, 51), 0
+    flat, right = P.prototypes().reshape(24, 51), 0
     flat = flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-6)
     for i in range(400):
-        scene = S.draw_scene(1, i, emotion=1 + i % 7)
+        scene = P.draw_scene(1, i, emotion=1 + i % 7)
         right += (flat @ scene.units).argmax() // 3 == scene.emotion
     assert right / 400 > .85, right
 
 
 def test_valence_and_arousal():
-    scenes = [S.draw_scene(2, i) for i in range(1500)]
+    scenes = [P.draw_scene(2, i) for i in range(1500)]
     emotion, place = np.array([s.emotion for s in scenes]), np.stack([s.affect for s in scenes])
     assert np.linalg.norm(place, axis=1).max() <= 1 + 1e-6
     assert consistent(emotion, *place.T).mean() > .93
@@ -137,16 +138,16 @@ def test_valence_and_arousal():
 
 
 def test_units_of_a_scene_are_its_codes():
-    scene = S.draw_scene(0, 5)
-    codes = S.codes_of(scene)
-    assert torch.equal(codes["exp"][0], torch.from_numpy(scene.units[:50])) and codes["pose"][0, 3] == pytest.approx(scene.units[50] * S.JAW_OPEN)
+    scene = P.draw_scene(0, 5)
+    codes = P.codes_of(scene)
+    assert torch.equal(codes["exp"][0], torch.from_numpy(scene.units[:50])) and codes["pose"][0, 3] == pytest.approx(scene.units[50] * P.JAW_OPEN)
     assert {k: tuple(v.shape) for k, v in codes.items()} == dict(shape=(1, 100), exp=(1, 50), pose=(1, 6), eye_pose=(1, 6), eyelid=(1, 2), tex=(1, 50), light=(1, 9, 3))
 
 
 def test_wrinkles_follow_their_side():
-    names, depth = S.wrinkle_maps()[0], S.wrinkle_depths(np.eye(51)[S.units_at("mouthSmile")[0]], .5)
-    assert all((d > 0) == (n in ("crowLeft", "foldLeft", "bracketLeft")) for n, d in zip(names, depth - S.wrinkle_depths(np.zeros(51), .5)))
-    old, young = (S.wrinkle_depths(np.ones(51), a) for a in (1, 0))
+    names, depth = P.wrinkle_maps()[0], P.wrinkle_depths(np.eye(51)[P.units_at("mouthSmile")[0]], .5)
+    assert all((d > 0) == (n in ("crowLeft", "foldLeft", "bracketLeft")) for n, d in zip(names, depth - P.wrinkle_depths(np.zeros(51), .5)))
+    old, young = (P.wrinkle_depths(np.ones(51), a) for a in (1, 0))
     assert (old > young).all()
 
 
@@ -155,7 +156,7 @@ def test_wrinkles_follow_their_side():
 
 def test_truth_makes_the_vertices_and_landmarks(truth):
     codes = {k: torch.from_numpy(truth[k]) for k in ("shape", "exp", "pose", "eye_pose", "eyelid")}
-    out = S.pose_head(codes)
+    out = P.pose_head(codes)
     assert np.abs(out.vertices.numpy() - truth["vertices"]).max() < 1e-4
     for name, points in (("landmarks", out.landmarks2d), ("mediapipe", out.landmarks_mp)):
         assert np.abs(project(points, torch.from_numpy(truth["cam"]))[..., :2].numpy() - truth[name]).max() < 1e-4
@@ -163,19 +164,19 @@ def test_truth_makes_the_vertices_and_landmarks(truth):
 
 @pytest.mark.parametrize("index", [0, 9])
 def test_plain_pictures_are_the_models_own(index):
-    photo = S.draw(replace(S.draw_scene(0, index), effects=S.PLAIN), 128)
-    codes, head = {k: torch.from_numpy(v)[None] for k, v in photo.codes.items()}, S.head_layer().head
-    drawn = HeadRenderer(head, 128)(S.pose_head(codes).vertices, codes["cam"], head.albedo.albedo(codes["tex"]), codes["light"])
-    face = (drawn.mask_face[0, 0] > .9).numpy() & (photo.labels == S.LABELS.index("face"))
+    photo = P.draw(replace(P.draw_scene(0, index), effects=P.PLAIN), 128)
+    codes, head = {k: torch.from_numpy(v)[None] for k, v in photo.codes.items()}, P.head_layer().head
+    drawn = HeadRenderer(head, 128)(P.pose_head(codes).vertices, codes["cam"], head.albedo.albedo(codes["tex"]), codes["light"])
+    face = (drawn.mask_face[0, 0] > .9).numpy() & (photo.labels == P.LABELS.index("face"))
     gap = np.abs(photo.image / 255 - drawn.image[0].clamp(0, 1).movedim(0, -1).numpy())
     assert gap[face].mean() < .01
-    rich = S.draw(S.draw_scene(0, index), 128).image
+    rich = P.draw(P.draw_scene(0, index), 128).image
     assert np.abs(rich / 255 - drawn.image[0].clamp(0, 1).movedim(0, -1).numpy())[face].mean() > .03
 
 
 def test_labels_fit_the_mesh():
-    photo = S.draw(replace(S.draw_scene(0, 9), effects=S.PLAIN), 128)
-    codes, head = {k: torch.from_numpy(v)[None] for k, v in photo.codes.items()}, S.head_layer().head
+    photo = P.draw(replace(P.draw_scene(0, 9), effects=P.PLAIN), 128)
+    codes, head = {k: torch.from_numpy(v)[None] for k, v in photo.codes.items()}, P.head_layer().head
     drawn = HeadRenderer(head, 128)(torch.from_numpy(photo.vertices)[None], codes["cam"])
     assert ((photo.labels > 0) == (drawn.alpha[0, 0] > 0).numpy()).mean() > .99
     sure = (drawn.mask_face[0, 0] > .95).numpy() & (drawn.alpha[0, 0] > 0).numpy()
@@ -183,12 +184,12 @@ def test_labels_fit_the_mesh():
 
 
 def test_a_hidden_landmark_is_not_visible():
-    scene = replace(S.draw_scene(0, 9), turn=np.radians([0, 80, 0]).astype(np.float32), effects=S.PLAIN)
-    seen = S.draw(scene, SMALL)  # turned to the left: the left eye is behind the nose
+    scene = replace(P.draw_scene(0, 9), turn=np.radians([0, 80, 0]).astype(np.float32), effects=P.PLAIN)
+    seen = P.draw(scene, SMALL)  # turned to the left: the left eye is behind the nose
     assert not seen.visible[42:48].any() and seen.visible[[36, 37, 41]].all()
-    front = S.draw(replace(scene, turn=np.zeros(3, np.float32)), SMALL)
+    front = P.draw(replace(scene, turn=np.zeros(3, np.float32)), SMALL)
     assert front.visible.mean() > .95 and front.mediapipe_visible.mean() > .9
-    away = S.draw(replace(scene, framing=np.array([1.6, .8, 0])), SMALL)
+    away = P.draw(replace(scene, framing=np.array([1.6, .8, 0])), SMALL)
     assert not away.visible[np.abs(away.landmarks).max(1) > 1].any() and (np.abs(away.landmarks).max(1) > 1).any()
 
 
@@ -196,16 +197,16 @@ def test_lamps_keep_their_harmonics():
     "Harmonics of a lamp: linear in its colour, turned with it, and near the clamped cosine."
     up, front = np.array([[0, 1, 0, 1, 1, 1]], np.float32), np.array([[0, 0, 1, 1, 1, 1]], np.float32)
     both = np.concatenate([up, front * [1, 1, 1, .5, .5, .5]]).astype(np.float32)
-    assert np.allclose(S.lamp_harmonics(both), S.lamp_harmonics(up) + .5 * S.lamp_harmonics(front), atol=1e-5)
+    assert np.allclose(P.lamp_harmonics(both), P.lamp_harmonics(up) + .5 * P.lamp_harmonics(front), atol=1e-5)
     n = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    shading = S.shade_sh(n.T[None, :, :, None], torch.from_numpy(S.lamp_harmonics(up))[None])[0, 0, :, 0]
+    shading = shade_sh(n.T[None, :, :, None], torch.from_numpy(P.lamp_harmonics(up))[None])[0, 0, :, 0]
     assert (shading - n[:, 1].clamp(min=0)).abs().max() < .1
 
 
 @pytest.mark.parametrize("effect", ["wrinkles", "shadows", "shine", "hollows"])
 def test_each_effect_changes_the_face(effect):
-    scene = replace(S.draw_scene(0, 24), prop=False)
-    with_, without = (S.draw(replace(scene, effects=e), 64) for e in (scene.effects, replace(scene.effects, **{effect: 0})))
+    scene = replace(P.draw_scene(0, 24), prop=False)
+    with_, without = (P.draw(replace(scene, effects=e), 64) for e in (scene.effects, replace(scene.effects, **{effect: 0})))
     assert np.abs(with_.image.astype(int) - without.image).max() > 3
     np.testing.assert_array_equal(with_.landmarks, without.landmarks)
 
