@@ -437,7 +437,7 @@ def test_aff_wild2(tmp_path):
     notes = tmp_path / "annotations"
     for name, text in {"VA_Set/Training_Set/1.txt": "valence,arousal\n0.5,-0.5\n-5,0.1\n0.1,-5\n0.2,0.3\n0.4\n",
                        "VA_Set/Validation_Set/2_right.txt": "valence,arousal\n0,0\n",
-                       "EXPR_Set/Training_Set/1.txt": "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other\n" + "\n".join(map(str, range(-1, 9))),
+                       "EXPR_Set/Training_Set/1.txt": "\n".join(["Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other", *map(str, range(-1, 9))]),
                        "AU_Set/Training_Set/1.txt": "AU1,AU2\n0,1\n-1,1\n2,0\n"}.items():
         (notes / name).parent.mkdir(parents=True, exist_ok=True)
         (notes / name).write_text(text)
