@@ -291,3 +291,19 @@ def test_killed_run_is_taken_up_again(photo, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".a.part"]
     reconstruct(tmp_path / "a.png", tmp_path / "out", model="fit", emotion="none")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_a_head_without_texture_coordinates(work, finished, photo, tmp_path):
+    """FLAME without its template: no texture, a plain mesh, and everything else."""
+    import dataclasses
+    from emoca_nb.fitting import Fitter
+    from emoca_nb.flame import FLAME, AlbedoSpace
+    bare = Reconstructor.__new__(Reconstructor)
+    torch.nn.Module.__init__(bare)
+    head = dataclasses.replace(work.flame.head, name="generic_model", expression_names=(), uv=None, uv_faces=None, albedo=None)
+    bare.flame, bare.albedo = FLAME.load(head).eval(), AlbedoSpace.constant()
+    bare.fitter, bare.encoders, bare.emotion, bare.model, bare.refine, bare.device = Fitter(bare.flame, bare.albedo), None, None, "fit", False, torch.device("cpu")
+    [result] = reconstruct(photo, tmp_path / "out", work=bare)
+    files = {p.name for p in result.folder.iterdir()}
+    assert {"face1.obj", "face1.glb", "face1.npz", "overlay.jpg"} <= files and "face1_texture.png" not in files
+    assert json.loads((result.folder / "face1.json").read_text())["units"] == {}
