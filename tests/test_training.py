@@ -342,3 +342,25 @@ def test_channels_last_and_clipping(tmp_path):
     start = torch.manual_seed(0) and Conv()
     moved = sum((a - b).square().sum() for a, b in zip(done.task.parameters(), start.parameters()))
     assert history(tmp_path).grad_norm.min() > 1 and moved.sqrt() < 12 * 0.05 * 1e-3
+
+
+def test_interrupted_run_continues(tmp_path):
+    class Stopped(Line):
+        def training_step(self, batch, i):
+            if i == 7 and not (tmp_path / "once").exists():
+                (tmp_path / "once").touch()
+                raise KeyboardInterrupt
+            return super().training_step(batch, i)
+    with pytest.raises(KeyboardInterrupt, match="the same call continues from the last checkpoint"): fit(Stopped, *loaders(), tmp_path / "run", CONFIG)
+    stopped = fit(Stopped, *loaders(), tmp_path / "run", CONFIG)
+    straight = fit(Stopped, *loaders(), tmp_path / "straight", CONFIG)
+    assert same(stopped.task.state_dict(), straight.task.state_dict())
+
+
+def test_bf16(tmp_path):
+    class Half(Line):
+        def training_step(self, batch, i):
+            assert torch.is_autocast_enabled("cpu") and self.net(batch[0]).dtype == torch.bfloat16
+            return super().training_step(batch, i)
+    done = fit(Half, *loaders(), tmp_path, replace(CONFIG, precision="bf16-mixed"))
+    assert done.task.net.weight.dtype == torch.float32 and done.best["value"] < 3
