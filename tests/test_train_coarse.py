@@ -89,8 +89,7 @@ def test_none_of_the_parameters_is_without_effect():
     changed = dict(emotion_net="emonet_8", emotion_weight=0.3, emotion_metric="cosine", photometric_weight=0.3, relative_weight=0.3, identity_weight=0.3, exp_weight=0.3,
                    augment="flip", batch=3, each=3, lr=0.3, steps=3, epochs=3.0, val_every=0.3, patience=3, outputs="exp jaw", start="coarse")
     for name, value in changed.items(): assert stage_of(CoarseConfig(**{name: value})) != STAGES["emoca"], name
-    assert stage_of(CoarseConfig(patience=0)).patience is None and stage_of(CoarseConfig(augment="none")).augment is None
-
+    
 
 # What the losses see.
 
@@ -286,5 +285,5 @@ def test_pictures_of_other_worlds_have_no_truth(config, batch):
 
 def test_every_profile_is_a_configuration():
     for path in (ROOT / "nbs/profiles/05_train_coarse").glob("*.yaml"):
-        assert set(yaml.safe_load(path.read_text())) <= {f.name for f in fields(CoarseConfig)} | {"coarse_stage", "coarse_steps", "coarse_batch", "emotion_epochs"}
+        assert set(yaml.safe_load(path.read_text())) <= {f.name for f in fields(CoarseConfig)} | {"coarse_stages", "coarse_steps", "coarse_batch", "emotion_epochs"}
         stage_of(read_config([path]))
