@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_FILE', 'MIN_SIDE', 'MEDIAPIPE_105', 'SU
            'crop_from_landmarks', 'crop_from_box', 'crop_whole', 'read_crop', 'Face', 'Detection', 'download_fan',
            'detectors', 'pick_detector', 'detect', 'sidecar_landmarks', 'pictures_in', 'Found', 'detect_folder']
 
-# %% ../nbs/02b_faces.ipynb #4a64fbf5
+# %% ../nbs/02b_faces.ipynb #67fb04ae
 import hashlib, importlib.util, io, math, multiprocessing, os, urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from .core import ASSETS, AssetMissing, BadFile, EmocaError, asset, atomic_write
 from .core import load_checkpoint, load_npz, pick_device, progress, settings
 from .rasterizer import _jit
 
-# %% ../nbs/02b_faces.ipynb #a6dd936c
+# %% ../nbs/02b_faces.ipynb #d86aee70
 class BadImage(BadFile):
     "A picture that cannot be used; `reason` says why in two words"
     def __init__(self,
@@ -36,7 +36,7 @@ class BadImage(BadFile):
         super().__init__(path, expected, found)
         self.reason = reason
 
-# %% ../nbs/02b_faces.ipynb #6993a740
+# %% ../nbs/02b_faces.ipynb #5f865f0b
 _UPRIGHT = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -51,7 +51,7 @@ def _orientation(im):
     try: return im.getexif().get(0x0112, 1)
     except Exception: return 1
 
-# %% ../nbs/02b_faces.ipynb #f710ab44
+# %% ../nbs/02b_faces.ipynb #5db3fbbc
 def _eight_bits(a, path):
     "A grey array of more than eight bits, or of floats, as bytes."
     if a.dtype.kind == "f":
@@ -66,7 +66,7 @@ def _from_cmyk(im):
         return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (KeyError, OSError, ImageCms.PyCMSError): return im.convert("RGB")
 
-# %% ../nbs/02b_faces.ipynb #a787edc2
+# %% ../nbs/02b_faces.ipynb #b0447a02
 def _rgb(im, path, background):
     "A loaded PIL picture as an RGB one."
     if im.mode == "RGB": return im
@@ -76,7 +76,7 @@ def _rgb(im, path, background):
     im = im.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", im.size, (*background, 255)), im).convert("RGB")
 
-# %% ../nbs/02b_faces.ipynb #300a0515
+# %% ../nbs/02b_faces.ipynb #33e396b8
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_000_000  # 9500 x 9400; Pillow's own limit of comfort
 MAX_FILE = 1 << 30
@@ -89,7 +89,7 @@ def _check_size(path, width, height, max_pixels):
     if min(width, height) < MIN_SIDE: raise BadImage(path, f"at least {MIN_SIDE} x {MIN_SIDE} pixels", what, "too small")
     if width * height > max_pixels: raise BadImage(path, f"at most {max_pixels:,} pixels", what, "too large")
 
-# %% ../nbs/02b_faces.ipynb #005d6743
+# %% ../nbs/02b_faces.ipynb #5908f9c6
 def _file_bytes(path):
     "What a file holds, (N,) bytes."
     try:
@@ -98,7 +98,7 @@ def _file_bytes(path):
         return np.fromfile(path, np.uint8)
     except OSError as e: raise BadImage(path, "a picture", f"a file that cannot be read ({e.strerror or e})", "missing") from None
 
-# %% ../nbs/02b_faces.ipynb #d720e47f
+# %% ../nbs/02b_faces.ipynb #4f719847
 def _opened(raw, path):
     "The PIL picture in these bytes; its pixels are not read yet."
     if not len(raw): raise BadImage(path, "a picture", "an empty file", "empty")
@@ -110,7 +110,7 @@ def _opened(raw, path):
     if head.startswith(_MAGIC): raise BadImage(path, "a picture", f"a header that breaks off ({len(raw):,} bytes)", "truncated")
     raise BadImage(path, "a picture (JPEG, PNG, WebP, TIFF, ...)", f"a file that begins with {head!r}", "not an image")
 
-# %% ../nbs/02b_faces.ipynb #4d8adba8
+# %% ../nbs/02b_faces.ipynb #bef6b7d8
 def _decoded(im, path, background, shrink):
     "Pixels of a PIL picture, as stored."
     try:
@@ -121,7 +121,7 @@ def _decoded(im, path, background, shrink):
     except MemoryError: raise BadImage(path, "a picture that fits into memory", f"{im.width} x {im.height} pixels", "too large") from None
     except Exception as e: raise BadImage(path, "a whole picture", f"{e!s:.100}", "truncated") from None
 
-# %% ../nbs/02b_faces.ipynb #6fec5ebf
+# %% ../nbs/02b_faces.ipynb #259e9b81
 def _halved(a, n):
     "Means over n x n pixels, of what there is at the far edges."
     return np.asarray(Image.fromarray(np.ascontiguousarray(a)).reduce(n)) if n > 1 else a
@@ -138,7 +138,7 @@ def _decode(raw, path, max_pixels, background, shrink):
     pixels = _UPRIGHT.get(_orientation(im), lambda a: a)(pixels)
     return np.ascontiguousarray(_halved(pixels, shrink if max(pixels.shape) == longest else 1))
 
-# %% ../nbs/02b_faces.ipynb #c83d2371
+# %% ../nbs/02b_faces.ipynb #d2c707a3
 def _from_array(a, path, background):
     "An array of one of the usual kinds as (H,W,3) bytes."
     if a.ndim == 2: a = a[..., None]
@@ -148,7 +148,7 @@ def _from_array(a, path, background):
     if a.shape[2] == 4: a = np.asarray(_rgb(Image.fromarray(np.ascontiguousarray(a)), path, background))
     return np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], 3)))
 
-# %% ../nbs/02b_faces.ipynb #31dab8af
+# %% ../nbs/02b_faces.ipynb #c79934fa
 def read_image(
     source, # a path, the bytes of a file, a PIL picture, or an array
     max_pixels:int=MAX_PIXELS, # more are refused before they are decoded
@@ -168,7 +168,7 @@ def read_image(
     pixels = _decoded(source, name, background, 1)
     return np.ascontiguousarray(_halved(_UPRIGHT.get(_orientation(source), lambda a: a)(pixels), shrink))
 
-# %% ../nbs/02b_faces.ipynb #a635948c
+# %% ../nbs/02b_faces.ipynb #8b82c8c6
 @dataclass(frozen=True)
 class Crop:
     "A square of a photograph"
@@ -183,7 +183,7 @@ class Crop:
         (x, y), half = self.center, self.side / 2
         return np.array([[scale, 0, (half - x) * scale], [0, scale, (half - y) * scale], [0, 0, 1]])
 
-# %% ../nbs/02b_faces.ipynb #4224fd53
+# %% ../nbs/02b_faces.ipynb #1ba94553
 @patch
 def points(self:Crop,
     px, # (...,2) photograph pixels
@@ -203,7 +203,7 @@ def photo_points(self:Crop,
     inside = (np.asarray(points, float) + 1) * (self.size / 2) - (0 if published else .5)
     return (inside - self.matrix[:2, 2]) / self.matrix[0, 0]
 
-# %% ../nbs/02b_faces.ipynb #17d33842
+# %% ../nbs/02b_faces.ipynb #6031b6a8
 def _square(left, top, right, bottom, margin, drop, scale, shift, size):
     size0 = (right - left + bottom - top) / 2 * margin
     side = int(size0 * scale) if math.isfinite(size0) else 0
@@ -211,7 +211,7 @@ def _square(left, top, right, bottom, margin, drop, scale, shift, size):
     x, y = (left + right) / 2 + shift[0] * size0, (top + bottom) / 2 + (drop + shift[1]) * size0
     return Crop((float(x), float(y)), side, size)
 
-# %% ../nbs/02b_faces.ipynb #7dd6da59
+# %% ../nbs/02b_faces.ipynb #533a4adf
 def crop_from_landmarks(
     points, # (N,2) or (N,3) photograph pixels
     scale:float=1.25, # side of the square, of 1.1 (or `margin`) times the landmarks' box
@@ -224,7 +224,7 @@ def crop_from_landmarks(
     (left, top), (right, bottom) = points.min(0), points.max(0)
     return _square(left, top, right, bottom, margin, 0, scale, shift, size)
 
-# %% ../nbs/02b_faces.ipynb #abfc1237
+# %% ../nbs/02b_faces.ipynb #a2279d9d
 def crop_from_box(
     box, # (4,) left, top, right, bottom in photograph pixels
     scale:float=1.25, # side of the square, of the box
@@ -234,7 +234,7 @@ def crop_from_box(
     "DECA's square around a detector's box"
     return _square(*map(float, box), 1, .12, scale, shift, size)
 
-# %% ../nbs/02b_faces.ipynb #41b2ae95
+# %% ../nbs/02b_faces.ipynb #ece3d8c9
 def crop_whole(
     width:int, # of the photograph, pixels
     height:int, # of the photograph, pixels
@@ -244,7 +244,7 @@ def crop_whole(
     "The square for a photograph in which no face was found"
     return crop_from_landmarks([[0, 0], [width - 1, height - 1]], scale, size)
 
-# %% ../nbs/02b_faces.ipynb #f2d7c2c0
+# %% ../nbs/02b_faces.ipynb #3efa4dbb
 def _cubic(t):
     "Catmull-Rom weights of the pixels at -1, 0, 1, 2, for t in [0,1)."
     return np.stack([((2 - t) * t - 1) * t, (3 * t - 5) * t * t + 2, ((4 - 3 * t) * t + 1) * t, (t - 1) * t * t], -1) / 2
@@ -254,7 +254,7 @@ def _taps(start, step, n, limit, order, antialias):
     at = start + np.arange(n) * step
     reach = max(step, 1) if antialias else 1
     if reach > 1:
-        index = np.floor(at - reach).astype(int)[:, None] + np.arange(int(2 * reach) + 3)
+        index = np.floor(at - reach).astype(int)[:, None] + np.arange(2 * int(reach + 2))
         weight = (1 - np.abs(index - at[:, None]) / reach).clip(0)
         weight /= weight.sum(1, keepdims=True)
     else:
@@ -265,25 +265,36 @@ def _taps(start, step, n, limit, order, antialias):
     outside = (index < 0) | (index >= limit)
     return index.clip(0, max(limit - 1, 0)).astype(np.int32), np.where(outside, 0, weight).astype(np.float32)
 
-# %% ../nbs/02b_faces.ipynb #a65b2c87
+# %% ../nbs/02b_faces.ipynb #0afef400
+@_jit
+def _mixed(line, a, b, u, v):
+    "line += u * a + v * b"
+    for x in range(len(line)): line[x] += u * np.float32(a[x]) + v * np.float32(b[x])
+
+@_jit
+def _picked(row, line, a, b, u, v):
+    "row += u * line[a] + v * line[b]"
+    for j in range(len(row)): row[j] += u[j] * line[a[j]] + v[j] * line[b[j]]
+
 @_jit
 def _resample(image, rows, row_weights, columns, column_weights, out):
-    "out (C,h,w) float32 from image (H,W,C): rows are mixed into one line, and pixels of the line into one pixel."
+    "out (C,h,w) float32, or rounded bytes, from image (H,W,C): rows are mixed into one line, pixels of the line into one row, two at a time."
     channels, first, last = image.shape[2], columns.min(), columns.max() + 1
-    pixels, line = image.reshape(image.shape[0], -1), np.empty((last - first) * channels, np.float32)
+    pixels, a, b = image.reshape(image.shape[0], -1), first * channels, last * channels
+    at, weights = ((columns.T - first) * channels).astype(np.uint32), column_weights.T.copy()
+    line, row = np.empty(b - a, np.float32), np.empty(out.shape[2], np.float32)
+    half = np.float32(.5 if out.itemsize == 1 else 0)
     for i in range(out.shape[1]):
         line[:] = 0
-        for k in range(rows.shape[1]):
-            if row_weights[i, k] == 0: continue
-            source, weight = pixels[rows[i, k], first * channels:last * channels], row_weights[i, k]
-            for x in range(len(line)): line[x] += weight * np.float32(source[x])
-        for j in range(out.shape[2]):
-            out[:, i, j] = 0
-            for l in range(columns.shape[1]):
-                at, weight = (columns[j, l] - first) * channels, column_weights[j, l]
-                for c in range(channels): out[c, i, j] += weight * line[at + c]
+        for k in range(0, rows.shape[1], 2):
+            u, v = row_weights[i, k], row_weights[i, k + 1]
+            if u != 0 or v != 0: _mixed(line, pixels[rows[i, k], a:b], pixels[rows[i, k + 1], a:b], u, v)
+        for c in range(channels):
+            row[:] = half
+            for l in range(0, len(at), 2): _picked(row, line[c:], at[l], at[l + 1], weights[l], weights[l + 1])
+            out[c, i] = row
 
-# %% ../nbs/02b_faces.ipynb #075f65df
+# %% ../nbs/02b_faces.ipynb #f1de474e
 @patch
 def cut(self:Crop,
     image, # (H,W,3) uint8, or float32 in [0,1]
@@ -295,13 +306,14 @@ def cut(self:Crop,
     image = np.ascontiguousarray(image)
     (h, w), step, (x, y) = image.shape[:2], self.side / (self.size - 1), self.center
     rows, columns = (_taps(c - self.side / 2, step, self.size, n, order, antialias) for c, n in ((y, h), (x, w)))
-    out = np.empty((image.shape[2], self.size, self.size), np.float32)
+    rounded = image.dtype == np.uint8 and order == 1 and not exact
+    out = np.empty((image.shape[2], self.size, self.size), np.uint8 if rounded else np.float32)
     _resample(image, *rows, *columns, out)
     if order == 3: np.clip(out, min(image.min(), max(out.min(), 0)), image.max(), out=out)
-    if image.dtype != np.uint8: return out
+    if image.dtype != np.uint8 or rounded: return out
     return out / np.float32(255) if exact else (out + np.float32(.5)).astype(np.uint8)
 
-# %% ../nbs/02b_faces.ipynb #44f4abd2
+# %% ../nbs/02b_faces.ipynb #13ba4086
 @patch
 def shrunk(self:Crop,
     n:int, # 1, 2, 4 or 8, as in `read_image`
@@ -320,7 +332,7 @@ def read_crop(
     n = max(n for n in (1, 2, 4, 8) if crop.side / n >= crop.size or n == 1) if fast else 1
     return crop.shrunk(n).cut(read_image(source, shrink=n), **options)
 
-# %% ../nbs/02b_faces.ipynb #e78b4abb
+# %% ../nbs/02b_faces.ipynb #3d273e47
 def _soft(mask, feather):
     "A mask that rises over `feather` pixels from its edge inwards."
     if not feather: return mask
@@ -332,7 +344,7 @@ def _span(low, side, scale, n, size):
     first, last = max(math.ceil(low), 0), min(math.floor(low + side) + 1, n)
     return first, last, _taps((first - low) * scale, scale, max(last - first, 0), size, 1, True)
 
-# %% ../nbs/02b_faces.ipynb #ccf52621
+# %% ../nbs/02b_faces.ipynb #34a8facd
 def _plane(x, size):
     "A picture or mask of torch or NumPy as (size,size,3) float32."
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
@@ -359,7 +371,7 @@ def paste(self:Crop,
     out[top:bottom, left:right] = (below + 255 * colour.transpose(1, 2, 0) + .5).clip(0, 255)
     return out
 
-# %% ../nbs/02b_faces.ipynb #1f27d260
+# %% ../nbs/02b_faces.ipynb #32e6d07c
 MEDIAPIPE_105 = tuple(map(int, """
     276 282 283 285 293 295 296 300 334 336 46 52 53 55 63 65 66 70 105 107 249 263 362 373 374 380 381 382 384 385 386 387 388 390 398 466
     7 33 133 144 145 153 154 155 157 158 159 160 161 163 173 246 168 6 197 195 5 4 129 98 97 2 326 327 358 0 13 14 17 37 39 40 61 78 80 81
@@ -385,7 +397,7 @@ class Face:
         "The points of MediaPipe's mesh that are pinned on FLAME: brows, eyes, nose, lips."
         return None if self.mediapipe is None else self.mediapipe[list(MEDIAPIPE_105), :2]
 
-# %% ../nbs/02b_faces.ipynb #74b47e4a
+# %% ../nbs/02b_faces.ipynb #cf7a1c8b
 @patch
 def crop(self:Face,
     scale:float=1.25, # as in `crop_from_landmarks`
@@ -396,7 +408,7 @@ def crop(self:Face,
     known = self.mediapipe if self.landmarks is None else self.landmarks
     return crop_from_box(self.box, scale, size) if known is None else crop_from_landmarks(known, scale, size, **options)
 
-# %% ../nbs/02b_faces.ipynb #26b43382
+# %% ../nbs/02b_faces.ipynb #4c4fcf57
 @dataclass(frozen=True, eq=False)
 class Detection:
     "The faces of one picture; false if there is none"
@@ -415,7 +427,7 @@ def crop(self:Detection,
     "The square of the first face, or of the whole picture where there is none."
     return self[0].crop(scale, size) if self else crop_whole(*self.size[::-1], scale, size)
 
-# %% ../nbs/02b_faces.ipynb #61542dfa
+# %% ../nbs/02b_faces.ipynb #01c44126
 @lru_cache(1)
 def _dlib_points():
     package = importlib.util.find_spec("face_recognition_models")
@@ -426,7 +438,7 @@ def _dlib_model():
     import dlib
     return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(_dlib_points()))
 
-# %% ../nbs/02b_faces.ipynb #0e7a9b73
+# %% ../nbs/02b_faces.ipynb #0cd34d73
 def _dlib_faces(image, small, zoom, search):
     import dlib
     find, place = _dlib_model()
@@ -436,7 +448,7 @@ def _dlib_faces(image, small, zoom, search):
         shape = place(image, dlib.rectangle(*(int(v) for v in box.round())))
         yield Face(box, float(score), np.array([(p.x, p.y) for p in shape.parts()], float), detector="dlib")
 
-# %% ../nbs/02b_faces.ipynb #dd2169ea
+# %% ../nbs/02b_faces.ipynb #7dfb11bc
 _FAN_FILES = {"s3fd": "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth",
               "fan_2d": "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"}
 
@@ -449,7 +461,7 @@ def _fan_file(name):
     ASSETS[name].check(in_torch)
     return in_torch
 
-# %% ../nbs/02b_faces.ipynb #d85938c3
+# %% ../nbs/02b_faces.ipynb #aadcd27d
 def _with_weights(net, path):
     "A network with the weights of a file, all of them."
     try: net.load_state_dict(load_checkpoint(path))
@@ -470,14 +482,14 @@ def _fan_model(search):
     options = dict(path_to_detector=safe, filter_threshold=search.threshold)
     return FromFile(LandmarksType.TWO_D, device=search.device, face_detector_kwargs=options, compile=False)
 
-# %% ../nbs/02b_faces.ipynb #85f88bd5
+# %% ../nbs/02b_faces.ipynb #d16cbdac
 def _fan_faces(image, small, zoom, search):
     model = _fan_model(search)
     boxes = [np.append((b[:4] + .5) * zoom - .5, b[4]) for b in map(np.asarray, model.face_detector.detect_from_image(small))]
     points = model.get_landmarks_from_image(image, boxes) if boxes else ()
     for b, p in zip(boxes, points): yield Face(b[:4].astype(float), float(b[4]), np.asarray(p, float), detector="fan")
 
-# %% ../nbs/02b_faces.ipynb #8e8b57bc
+# %% ../nbs/02b_faces.ipynb #fd73ca37
 def _fetch(url, path, timeout):
     digest, name = hashlib.sha256(), url.rpartition("/")[2]
     try:
@@ -494,7 +506,7 @@ def download_fan(
     for name, url in _FAN_FILES.items():
         if not (path := settings().files[name]).exists(): _fetch(url, path, timeout)
 
-# %% ../nbs/02b_faces.ipynb #cb10cc25
+# %% ../nbs/02b_faces.ipynb #34fce193
 @lru_cache(2)
 def _mediapipe_model(search):
     from mediapipe.tasks.python import BaseOptions, vision
@@ -512,7 +524,7 @@ def _mediapipe_faces(image, small, zoom, search):
         mesh = np.array([(p.x * w - .5, p.y * h - .5, p.z * w) for p in points])
         yield Face(np.concatenate([mesh[:, :2].min(0), mesh[:, :2].max(0)]), mediapipe=mesh, detector="mediapipe")
 
-# %% ../nbs/02b_faces.ipynb #9b26be91
+# %% ../nbs/02b_faces.ipynb #ab0972af
 @dataclass(frozen=True)
 class _Detector:
     faces: object # generator of faces
@@ -526,7 +538,7 @@ _DETECTORS = {
     "mediapipe": _Detector(_mediapipe_faces, .1, ("mediapipe",), lambda: [asset("face_landmarker")]),
 }
 
-# %% ../nbs/02b_faces.ipynb #ac3ffb40
+# %% ../nbs/02b_faces.ipynb #8c893e54
 def _ready(name):
     "The files of a detector that can run here, or the reason why it cannot."
     if name not in _DETECTORS: raise EmocaError(f"there is no detector {name!r}; choose one of {', '.join(_DETECTORS)}")
@@ -543,7 +555,7 @@ def detectors() -> dict: # name: what it lacks; "" if it can run
         else: lacks[name] = ""
     return lacks
 
-# %% ../nbs/02b_faces.ipynb #fd1b32d4
+# %% ../nbs/02b_faces.ipynb #0e697b54
 def pick_detector(
     name:str|None=None, # "fan", "dlib" or "mediapipe"; None: the best that can run here
 ) -> str:
@@ -555,7 +567,7 @@ def pick_detector(
     if usable := [n for n, lack in lacks.items() if not lack]: return usable[0]
     raise AssetMissing("no face detector can run on this machine.\n" + "\n".join(f"{n}: {lack}" for n, lack in lacks.items()))
 
-# %% ../nbs/02b_faces.ipynb #c784f6b9
+# %% ../nbs/02b_faces.ipynb #ff89c612
 @dataclass(frozen=True)
 class _Search:
     "A detector with its files and settings"
@@ -572,7 +584,7 @@ class _Search:
 def _file_hash(path, size, written):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-# %% ../nbs/02b_faces.ipynb #881340eb
+# %% ../nbs/02b_faces.ipynb #cf2e0c25
 def _search(detector, threshold, upsample, longest, device, cache):
     name = pick_detector(detector)
     files, threshold = tuple(_ready(name)), _DETECTORS[name].threshold if threshold is None else float(threshold)
@@ -586,7 +598,7 @@ def _content(source):
     if isinstance(source, np.ndarray): return repr((source.shape, source.dtype)).encode() + source.tobytes()
     return source.tobytes() if isinstance(source, Image.Image) else bytes(source)
 
-# %% ../nbs/02b_faces.ipynb #58460f51
+# %% ../nbs/02b_faces.ipynb #39c8ecd0
 _SHAPES = dict(box=(4,), score=(), landmarks=(68, 2), mediapipe=(478, 3))
 
 def _remember(path, found):
@@ -606,7 +618,7 @@ def _recall(path, detector):
     faces = (Face(**dict(zip(known, values)), detector=detector) for values in zip(*known.values()))
     return Detection(tuple(faces), tuple(map(int, size)), detector)
 
-# %% ../nbs/02b_faces.ipynb #54dccc69
+# %% ../nbs/02b_faces.ipynb #b66cb6e8
 def _smaller(image, longest):
     "A copy whose longer side is `longest`, and how much larger the picture is."
     zoom = max(max(image.shape) / longest, 1)
@@ -626,7 +638,7 @@ def _found(source, search):
     if entry: _remember(entry, found)
     return found
 
-# %% ../nbs/02b_faces.ipynb #e7762027
+# %% ../nbs/02b_faces.ipynb #d9baa874
 _ORDERS = dict(size=lambda f: -f.area, score=lambda f: -np.nan_to_num(f.score))
 
 def _best(found, max_faces, order):
@@ -647,7 +659,7 @@ def detect(
     "The faces in a picture"
     return _best(_found(image, _search(detector, threshold, upsample, longest, device, cache)), max_faces, order)
 
-# %% ../nbs/02b_faces.ipynb #b0939ba4
+# %% ../nbs/02b_faces.ipynb #24f99cf2
 def sidecar_landmarks(
     path, # of the picture
 ): # (68,2) photograph pixels, or None if there is no such file
@@ -660,7 +672,7 @@ def sidecar_landmarks(
     except Exception as e: raise BadFile(file, "68 landmarks" + (" under the name pt3d_68" if file is mat else ""), f"{e!s:.100}") from None
     return expect_array(points[:, :2], "landmarks", file, (68, 2))
 
-# %% ../nbs/02b_faces.ipynb #ad912aef
+# %% ../nbs/02b_faces.ipynb #e5cfc79b
 SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .jp2 .avif .ppm .pgm".split())
 
 def pictures_in(
@@ -682,7 +694,7 @@ class Found:
         empty, n = sum(not d for d in self.detections.values()), len(self.detections) + len(self.bad)
         return f"{n} pictures: a face in {n - empty - len(self.bad)}, none in {empty}, {len(self.bad)} unreadable"
 
-# %% ../nbs/02b_faces.ipynb #a56c36e2
+# %% ../nbs/02b_faces.ipynb #53583285
 def _try(path, search):
     try: return _found(path, search)
     except BadImage as e: return e
@@ -693,7 +705,7 @@ def _results(paths, search, workers):
     with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(partial(_try, search=search), paths, chunksize=8)
 
-# %% ../nbs/02b_faces.ipynb #9b56e3a3
+# %% ../nbs/02b_faces.ipynb #43620e94
 def detect_folder(
     pictures, # a folder, or a list of paths
     detector:str|None=None, # as in `detect`, like the next five
