@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Callback, LightningModule
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "emoca_nb"
@@ -110,6 +111,9 @@ def public_functions(path):
             if isinstance(f, ast.FunctionDef) and not f.name.startswith("_"): yield f
 
 
+def is_hook(function): return function.name in dir(LightningModule) or function.name in dir(Callback)
+
+
 def is_command(function): return any("command" in ast.unparse(d) or "group" in ast.unparse(d) for d in function.decorator_list)
 
 
@@ -117,6 +121,7 @@ def is_command(function): return any("command" in ast.unparse(d) or "group" in a
 def test_public_functions_are_documented(path):
     lines, missing = path.read_text().splitlines(), []
     for f in public_functions(path):
+        if is_hook(f) and any(w in path.read_text() for w in ("LightningModule", "Callback")): continue
         if not ast.get_docstring(f): missing.append(f"{f.name}: docstring")
         if is_command(f): continue
         for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs:
@@ -135,5 +140,5 @@ def test_no_machine_paths_nor_unfinished_notes():
     found = []
     for path in (p for p in paths if p.is_file() and p.suffix not in {".npz", ".png"}):
         found += [f"{name(path)}: {m[0]}" for line in path.read_text().splitlines() for m in UNFIT.finditer(line)
-                  if not line.lstrip().startswith('"image/png"')]
+                  if not line.lstrip().startswith(('"image/png"', '"image/jpeg"'))]
     assert not found, "\n".join(found)
