@@ -9,7 +9,7 @@ __all__ = ['NETWORKS', 'LAYOUTS', 'RELEASED', 'SHAKEN', 'EmotionConfig', 'Emotio
            'emotion_metrics', 'loss_terms', 'shake', 'EmotionLoss', 'smooth_emotion', 'emotion_data', 'EmotionTask',
            'run_folder', 'train_emotion', 'predict', 'test_emotion']
 
-# %% ../nbs/04_emotion_net.ipynb #d9f8ef05
+# %% ../nbs/04_emotion_net.ipynb #4c0766c1
 import hashlib, json, math, re
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -22,12 +22,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import AssetMissing, BadFile, EmocaError, asset, atomic_write, expect_array, load_checkpoint, load_pickle, pick_device, settings
 from .data import CLASSES, Augment, BalancedSampler, FaceDataset, affectnet, balanced_weights, class_index, facial_expressions, loader
+from .flame import open_head_path
 from .open_head import EMOTIONS
 from .synthetic import VERSION as _WORLD, synthesize
 from .training import Result, RunConfig, fit
 from lightning.pytorch import LightningModule
 
-# %% ../nbs/04_emotion_net.ipynb #cf5f4d63
+# %% ../nbs/04_emotion_net.ipynb #243faed5
 @dataclass(frozen=True)
 class EmotionConfig:
     "A training of an emotion network."
@@ -52,7 +53,7 @@ class EmotionConfig:
     devices: int = 1  # of them
     keep: bool = False  # leave the network where `load_emotion_net` finds it
 
-# %% ../nbs/04_emotion_net.ipynb #fed41310
+# %% ../nbs/04_emotion_net.ipynb #e8d2d654
 class Emotion(NamedTuple):
     "What a network says about B pictures."
     expression: Tensor  # (B,C) logits
@@ -68,7 +69,7 @@ def split_head(
     "Name the columns of the last layer."
     return Emotion(outputs[:, :-2].float(), outputs[:, -2].float(), outputs[:, -1].float(), feature.float())
 
-# %% ../nbs/04_emotion_net.ipynb #53c7a9c2
+# %% ../nbs/04_emotion_net.ipynb #35152544
 class EmotionNet(nn.Module):
     "Pictures (B,3,H,W) in [0,1] to `Emotion`."
     def __init__(
@@ -88,7 +89,7 @@ class EmotionNet(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
-# %% ../nbs/04_emotion_net.ipynb #25dfbc68
+# %% ../nbs/04_emotion_net.ipynb #fdcd90f6
 @patch
 def prepare(
     self: EmotionNet,
@@ -99,7 +100,7 @@ def prepare(
         images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False, antialias=self.antialias)
     return ((images - self.mean) / self.std).to(self.mean.dtype)
 
-# %% ../nbs/04_emotion_net.ipynb #5e34d236
+# %% ../nbs/04_emotion_net.ipynb #ebb19791
 @patch
 def features(
     self: EmotionNet,
@@ -118,7 +119,7 @@ def forward(
     feature = self.backbone(self.prepare(images))
     return split_head(self.head(feature), feature)
 
-# %% ../nbs/04_emotion_net.ipynb #c92ad69a
+# %% ../nbs/04_emotion_net.ipynb #2e251a3c
 @patch
 def freeze(self: EmotionNet) -> EmotionNet:
     "Make it an instrument: evaluation mode for good, no gradients to weights."
@@ -134,7 +135,7 @@ def train(
     "Training mode, unless frozen."
     return nn.Module.train(self, mode and not self.frozen)
 
-# %% ../nbs/04_emotion_net.ipynb #bc4452a3
+# %% ../nbs/04_emotion_net.ipynb #dc9d0bc5
 def _resnet50(caffe):
     "ResNet-50 without its classifier"
     net = torchvision.models.resnet50(weights=None)
@@ -144,7 +145,7 @@ def _resnet50(caffe):
         for stage in (net.layer2, net.layer3, net.layer4): stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
     return net
 
-# %% ../nbs/04_emotion_net.ipynb #5db6b171
+# %% ../nbs/04_emotion_net.ipynb #84646622
 class _Block(nn.Module):
     "Pre-activated convolutions whose three results lie side by side, beside a shortcut"
     def __init__(self, n_in, n_out):
@@ -162,7 +163,7 @@ class _Block(nn.Module):
         c = self.conv3(F.relu(self.bn3(b)))
         return torch.cat([a, b, c], 1) + (x if self.downsample is None else self.downsample(x))
 
-# %% ../nbs/04_emotion_net.ipynb #59997dc6
+# %% ../nbs/04_emotion_net.ipynb #7097d6f2
 class _Hourglass(nn.Module):
     "Down by `depth` halvings and up again, with a shortcut at each"
     def __init__(self, depth=4, width=256, pool=F.max_pool2d):
@@ -178,7 +179,7 @@ class _Hourglass(nn.Module):
         low = self.forward(low, level - 1) if level > 1 else self.b2_plus_1(low)
         return block("b1")(x) + F.interpolate(block("b3")(low), scale_factor=2, mode="nearest")
 
-# %% ../nbs/04_emotion_net.ipynb #db38a3c2
+# %% ../nbs/04_emotion_net.ipynb #14f76b15
 class EmoNetBackbone(nn.Module):
     "EmoNet up to its feature: pictures (B,3,256,256) to (B,256)."
     def __init__(
@@ -196,7 +197,7 @@ class EmoNetBackbone(nn.Module):
         self.conv1x1_input_emo_2 = nn.Conv2d(768, 256, 1)
         self.emo_net_2 = nn.Sequential(*(part for _ in range(4) for part in (_Block(256, 256), nn.MaxPool2d(2))))
 
-# %% ../nbs/04_emotion_net.ipynb #5d09281f
+# %% ../nbs/04_emotion_net.ipynb #d974a36a
 @patch
 def attend(
     self: EmoNetBackbone,
@@ -222,7 +223,7 @@ def forward(
     "EmoNet's feature."
     return self.emo_net_2(self.conv1x1_input_emo_2(self.attend(images)[0])).mean((2, 3))
 
-# %% ../nbs/04_emotion_net.ipynb #07b5c89b
+# %% ../nbs/04_emotion_net.ipynb #3c5d82a3
 @dataclass(frozen=True)
 class Network:
     "How a network of this name is made"
@@ -249,22 +250,25 @@ NETWORKS = {
     )},
 }
 
-# %% ../nbs/04_emotion_net.ipynb #03d5f9b6
+# %% ../nbs/04_emotion_net.ipynb #13d4e93f
 def _head(name, width, classes):
     if not name.startswith("emonet"): return nn.Linear(width, classes + 2)
     return nn.Sequential(nn.Linear(width, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, classes + 2))
 
 
-def _build(name, classes=None, size=None):
-    classes = classes or (5 if name == "emonet_5" else 8)
+def _network(name):
     if name not in NETWORKS: raise EmocaError(f"there is no emotion network {name!r}; choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def _build(name, classes=None, size=None):
+    n, classes = _network(name), classes or (5 if name == "emonet_5" else 8)
     if classes not in CLASSES: raise EmocaError(f"{classes} classes: choose one of {', '.join(map(str, CLASSES))}")
-    n = NETWORKS[name]
     if size and n.size: raise EmocaError(f"{name!r} takes pictures of {n.size} pixels, not {size}")
     cfg = timm.get_pretrained_cfg(n.timm) if n.timm else None
     return EmotionNet(name, n.make(), _head(name, n.width, classes), classes, size or n.size, cfg and (cfg.mean, cfg.std), antialias=bool(size))
 
-# %% ../nbs/04_emotion_net.ipynb #9283ef45
+# %% ../nbs/04_emotion_net.ipynb #6127c540
 @dataclass(frozen=True)
 class Layout:
     "How a file names the tensors of a network"
@@ -280,11 +284,10 @@ LAYOUTS = {  # the first whose own names occur in the file holds
     "emonet": (Layout("", "emo_fc_2."),),
 }
 
-# %% ../nbs/04_emotion_net.ipynb #130e306c
+# %% ../nbs/04_emotion_net.ipynb #7429f1f9
 def _layout(name, keys):
-    if name not in ("swin_b", "resnet50", "resnet50_smirk", "emonet_8", "emonet_5"): raise EmocaError(f"no file of {name!r} has been released; train it, or name the file")
     choices = LAYOUTS[name.removesuffix("_smirk").split("_")[0] if name != "swin_b" else name]
-    return next((c for c in choices if any(k.startswith(c.head) for k in keys)), choices[0])
+    return next((c for c in choices if any(str(k).startswith(c.head) for k in keys)), choices[0])
 
 
 def file_key(
@@ -296,7 +299,7 @@ def file_key(
     if layout.early: key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
     return layout.backbone + key[len("backbone."):]
 
-# %% ../nbs/04_emotion_net.ipynb #77c61d5c
+# %% ../nbs/04_emotion_net.ipynb #2c87facb
 def _listed(keys, n=5): return ", ".join(sorted(keys)[:n]) + (f" and {len(keys) - n} more" if len(keys) > n else "")
 
 
@@ -318,7 +321,7 @@ def fill(
     if problems: raise BadFile(path, f"the {len(want)} tensors of the network", "; ".join(problems))
     _copy({f: ours[k] for f, k in want.items() if f in state}, state, path)
 
-# %% ../nbs/04_emotion_net.ipynb #13f08134
+# %% ../nbs/04_emotion_net.ipynb #f630b7bd
 def _copy(ours, theirs, path):
     shape = lambda v: tuple(getattr(v, "shape", ()))
     wrong = [f"{k} {shape(theirs[k])} in place of {shape(v)}" for k, v in ours.items() if shape(theirs[k]) != shape(v)]
@@ -327,18 +330,18 @@ def _copy(ours, theirs, path):
     with torch.no_grad():
         for k, v in ours.items(): v.copy_(torch.as_tensor(arrays[k]))
 
-# %% ../nbs/04_emotion_net.ipynb #04a6132c
+# %% ../nbs/04_emotion_net.ipynb #4bcd056c
 def best_checkpoint(
     folder,  # searched to any depth; a file is given back as it is
 ) -> Path:
     "The checkpoint with the smallest number behind the last `=` of its name."
     if Path(folder).is_file(): return Path(folder)
-    number = re.compile(r"=(-?\d+(?:\.\d+)?)(?:-v\d+)?$")
+    number = re.compile(r"=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?:-v\d+)?$")
     scored = [(float(m[1]), str(p)) for p in Path(folder).rglob("*.ckpt") if not p.stem.startswith("last") and (m := number.search(p.stem))]
     if not scored: raise BadFile(folder, "checkpoints named ...=<validation loss>.ckpt", "none")
     return Path(min(scored)[1])
 
-# %% ../nbs/04_emotion_net.ipynb #3ea4cb08
+# %% ../nbs/04_emotion_net.ipynb #42fcd8b8
 _TABLES = ("relative_position_index", "attn_mask")
 
 def _check_tables(net, state, layout, path):
@@ -349,10 +352,10 @@ def _check_tables(net, state, layout, path):
         same = key in names and torch.is_tensor(found) and found.shape == names[key].shape and torch.equal(found.to(names[key]), names[key])
         if not same: raise BadFile(f"{path}: {key}", "the table of 7 × 7 windows", "another")
 
-# %% ../nbs/04_emotion_net.ipynb #52a44f08
-def _fill_released(net, path):
+# %% ../nbs/04_emotion_net.ipynb #4607170a
+def _fill_released(net, raw, path):
     "The published file of this network"
-    raw = load_checkpoint(path)
+    if net.name not in RELEASED: raise BadFile(path, f"a network {net.name!r} that was trained here", "another file")
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else raw
     if not isinstance(state, dict): raise BadFile(path, "tensors by name", f"a {type(state).__name__}")
     state = {k.removeprefix("module.") if isinstance(k, str) else k: v for k, v in state.items()}
@@ -360,7 +363,7 @@ def _fill_released(net, path):
     _check_tables(net, state, layout, path)
     fill(net, state, path, lambda k: file_key(k, layout), layout.unused)
 
-# %% ../nbs/04_emotion_net.ipynb #698ef9fc
+# %% ../nbs/04_emotion_net.ipynb #11a070cf
 _FORMAT = "emoca_nb emotion network 1"
 
 def save_emotion_net(
@@ -380,7 +383,7 @@ def _load_ours(name, raw, path):
     fill(net, raw.get("state_dict"), path)
     return net
 
-# %% ../nbs/04_emotion_net.ipynb #3f773bd9
+# %% ../nbs/04_emotion_net.ipynb #e7d07b15
 RELEASED = dict(resnet50="emotion_resnet50", resnet50_smirk="emotion_resnet50", swin_b="emotion_swin_b", emonet_8="emonet_8", emonet_5="emonet_5")
 
 
@@ -392,24 +395,25 @@ def trained_here(
 
 
 def _find(name):
-    if name in RELEASED: return best_checkpoint(asset(RELEASED[name]))
-    if (path := trained_here(name)).is_file(): return path
+    path = trained_here(name)
+    if name in RELEASED and (settings().files[RELEASED[name]].exists() or not path.is_file()): return best_checkpoint(asset(RELEASED[name]))
+    if path.is_file(): return path
     raise AssetMissing(f"the emotion network {name!r} has not been trained on this machine: run nbs/04_emotion_net.ipynb (it writes {path})")
 
-# %% ../nbs/04_emotion_net.ipynb #ef520b59
+# %% ../nbs/04_emotion_net.ipynb #b26046e2
 def load_emotion_net(
     name: str,  # one of NETWORKS
-    path=None,  # a file, or a folder of checkpoints; None: the released file by the asset register, or the one trained here
+    path=None,  # a file, or a folder of checkpoints; None: the released file by the asset register, where that is not here one trained here
 ) -> EmotionNet:
     "A network with trained weights, in evaluation mode; `AssetMissing` or `BadFile` if it cannot be had."
     net = _build(name)
     path = best_checkpoint(path) if path else _find(name)
     raw = load_checkpoint(path)
     if isinstance(raw, dict) and raw.get("format") == _FORMAT: return _load_ours(name, raw, path).eval()
-    _fill_released(net, path)
+    _fill_released(net, raw, path)
     return net.eval()
 
-# %% ../nbs/04_emotion_net.ipynb #0cfbcd31
+# %% ../nbs/04_emotion_net.ipynb #d10f9316
 _HUB = {  # files as torchvision and Microsoft name them, in torch's folder of downloads
     "resnet50": ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth"),
     "swin_b": ("swin_base_patch4_window7_224.pth", "swin_base_patch4_window7_224_22kto1k.pth"),
@@ -426,7 +430,7 @@ def _imagenet_file(name):
     if name == "mobilenet_v3": places = [settings().files["mobilenet_large"]]
     return next((p for p in places if p.is_file()), None)
 
-# %% ../nbs/04_emotion_net.ipynb #e3737d17
+# %% ../nbs/04_emotion_net.ipynb #03f594f7
 def _read_weights(path):
     if path.suffix != ".safetensors": return load_checkpoint(path)
     from safetensors import SafetensorError
@@ -437,15 +441,16 @@ def _read_weights(path):
 
 def _fill_imagenet(net, path):
     state, name = _read_weights(path), {}
-    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict): raise BadFile(path, "tensors by name", f"a {type(state).__name__}")
+    state = state.get("model", state)
     ours, layout = net.backbone.state_dict(), LAYOUTS["swin_b"][0]
-    if net.name == "efficientnet_lite0" and isinstance(state, dict): name = dict(zip(ours, state))
+    if net.name == "efficientnet_lite0": name = dict(zip(ours, state))
     if net.name == "swin_b":
         name = {k: file_key(f"backbone.{k}", layout).removeprefix("swin.") for k in ours}
-        state = {k: v for k, v in state.items() if not k.endswith(_TABLES)}
+        state = {k: v for k, v in state.items() if not str(k).endswith(_TABLES)}
     fill(net.backbone, state, path, lambda k: name.get(k, k), r"_?fc\.|head\.|classifier\.")
 
-# %% ../nbs/04_emotion_net.ipynb #b90d9e61
+# %% ../nbs/04_emotion_net.ipynb #29d2db46
 def emotion_net(
     name: str,  # one of NETWORKS
     weights=None,  # None: random; "imagenet", "vggface2" (ResNet-50): to train from; "released": trained; or a file
@@ -469,7 +474,7 @@ def _no_imagenet(name):
     if name == "mobilenet_v3": files = [settings().files["mobilenet_large"]]
     return f"ImageNet weights of {name!r} are not on this machine; put them at {' or '.join(map(str, files))}" if files else f"{name!r} has no ImageNet weights"
 
-# %% ../nbs/04_emotion_net.ipynb #97f9deee
+# %% ../nbs/04_emotion_net.ipynb #3fd21a7f
 def _moments(x, y):
     dx, dy = x - x.mean(), y - y.mean()
     flat = (x == x[:1]).all() | (y == y[:1]).all()
@@ -497,7 +502,7 @@ def ccc(
     spread = vx + vy + (x.mean() - y.mean()).square()
     return torch.where(flat, x.sum() * 0 + 0, 2 * cov / torch.where(flat, torch.ones_like(cov), spread))
 
-# %% ../nbs/04_emotion_net.ipynb #cbec5716
+# %% ../nbs/04_emotion_net.ipynb #b0c010d4
 def icc31(
     x: Tensor,  # (N,)
     y: Tensor,  # (N,)
@@ -509,7 +514,7 @@ def icc31(
     residual = difference.var() / 2
     return torch.where(between + residual > 0, (between - residual) / (between + residual).clamp_min(torch.finfo(x.dtype).tiny), 0)
 
-# %% ../nbs/04_emotion_net.ipynb #84421ca8
+# %% ../nbs/04_emotion_net.ipynb #6598ca9a
 def affect_metrics(
     x: Tensor,  # (N,) predicted valence or arousal
     y: Tensor,  # (N,) labels, NaN where absent
@@ -521,7 +526,7 @@ def affect_metrics(
     rmse, sagr = (x - y).square().mean().sqrt(), (x.sign() == y.sign()).double().mean()
     return {k: v.item() for k, v in dict(PCC=pcc(x, y), CCC=ccc(x, y), RMSE=rmse, SAGR=sagr, ICC=icc31(x, y)).items()}
 
-# %% ../nbs/04_emotion_net.ipynb #d906653a
+# %% ../nbs/04_emotion_net.ipynb #2e82cdb5
 def confusion(
     predicted: Tensor,  # (N,) class
     expression: Tensor,  # (N,) label, -1 where absent
@@ -541,7 +546,7 @@ def class_metrics(
     f1 = 2 * right / np.maximum(counts.sum(0) + counts.sum(1), 1)
     return dict(ACC=float(right.sum() / counts.sum()), F1=float(f1[occurring].mean()))
 
-# %% ../nbs/04_emotion_net.ipynb #2313af49
+# %% ../nbs/04_emotion_net.ipynb #abd975b0
 def emotion_metrics(
     predicted: Emotion,  # of N pictures
     expression: Tensor,  # (N,) classes of the network, -1 absent
@@ -554,7 +559,7 @@ def emotion_metrics(
         out |= {f"{letter}_{k}": v for k, v in affect_metrics(x, y).items()}
     return out
 
-# %% ../nbs/04_emotion_net.ipynb #67f30605
+# %% ../nbs/04_emotion_net.ipynb #ef1c2c93
 SHAKEN = dict(paper=("mse", "pcc", "ccc"), released=("mse_valence", "mse_arousal", "pcc", "ccc"))
 
 
@@ -575,7 +580,7 @@ def loss_terms(
     (pv, cv), (pa, ca) = correlations
     return terms | dict(mse=terms["mse_valence"] + terms["mse_arousal"], pcc=(pv + pa) / 2, ccc=(cv + ca) / 2)
 
-# %% ../nbs/04_emotion_net.ipynb #7e42c6e7
+# %% ../nbs/04_emotion_net.ipynb #528dbc88
 def shake(
     n: int,  # how many coefficients
     seed: int,  # of the run
@@ -585,7 +590,7 @@ def shake(
     draw = torch.from_numpy(np.random.default_rng((seed, step)).uniform(size=n))
     return (draw / draw.sum()).float()
 
-# %% ../nbs/04_emotion_net.ipynb #9b8442d0
+# %% ../nbs/04_emotion_net.ipynb #1cac9be3
 class EmotionLoss:
     "Cross entropy and the shaken mean of the valence and arousal terms."
     def __init__(
@@ -609,7 +614,7 @@ class EmotionLoss:
         weights = torch.full((n,), 1 / n) if step is None else shake(n, self.seed, step)
         return terms | dict(loss=terms["cross_entropy"] + sum(w * terms[k] for w, k in zip(weights.tolist(), self.names)))
 
-# %% ../nbs/04_emotion_net.ipynb #e308ebe4
+# %% ../nbs/04_emotion_net.ipynb #72277faf
 def smooth_emotion(
     values: Tensor,  # (T,...) outputs, frame by frame
     weights: tuple = (0.1, 0.1, 0.15, 0.25, 0.4),  # oldest first; EmoNet's
@@ -618,7 +623,12 @@ def smooth_emotion(
     past = torch.cat([values[:1].expand(len(weights) - 1, *values.shape[1:]), values])
     return sum(w * past[i:i + len(values)] for i, w in enumerate(weights))
 
-# %% ../nbs/04_emotion_net.ipynb #3dde4ec2
+# %% ../nbs/04_emotion_net.ipynb #dc5f5446
+def _world():
+    "A mark of what the synthetic world is drawn with: its version and the head"
+    return f"{_WORLD}-{hashlib.sha256(open_head_path().read_bytes()).hexdigest()[:8]}"
+
+
 def _parts(name, config, size):
     "Training, validation and test set of one name"
     if name == "facial_expressions":
@@ -626,7 +636,8 @@ def _parts(name, config, size):
         faces = faces.subset(np.isin(faces.expression, CLASSES[config.classes]))
         return faces.split((0.6, 0.2, 0.2), by="identity", seed=config.seed)
     if name == "synthetic":
-        root = synthesize("affectnet", settings().data / f"synthetic/affectnet-{_WORLD}-{config.seed}-{config.pictures}", config.pictures, config.seed, workers=config.workers)
+        root = settings().data / f"synthetic/affectnet-{_world()}-{config.seed}-{config.pictures}"
+        synthesize("affectnet", root, config.pictures, config.seed, workers=config.workers or None)
     elif name == "affectnet": root = asset("affectnet")
     else: raise EmocaError(f"there is no data {name!r}; choose synthetic, affectnet, facial_expressions, or several joined by +")
     splits = "training_emonet_split", "validation_emonet_split_clean", "testing_emonet_split_clean"
@@ -637,11 +648,13 @@ def emotion_data(
     config: EmotionConfig,
 ) -> list[FaceDataset]:  # training, validation, test
     "The faces of a training, split by person."
-    size = config.size or NETWORKS[config.network].size or 224
+    size = config.size or _network(config.network).size or 224
     parts = [_parts(name, config, min(size, 224)) for name in config.data.split("+")]
-    return [reduce(add, sets) for sets in zip(*parts)]
+    sets = [reduce(add, same) for same in zip(*parts)]
+    if empty := [name for name, faces in zip(("training", "validation", "test"), sets) if not len(faces)]: raise EmocaError(f"{config.data}: no face for {', '.join(empty)}")
+    return sets
 
-# %% ../nbs/04_emotion_net.ipynb #5de3bdf0
+# %% ../nbs/04_emotion_net.ipynb #270823ed
 _ELSEWHERE = ("workers", "device", "devices", "keep")  # what does not change the result of a training
 
 
@@ -666,7 +679,7 @@ class EmotionTask(LightningModule):
         self.log_dict({k: terms[k].detach() for k in ("cross_entropy", "mse", "pcc", "ccc")})
         return terms["loss"]
 
-# %% ../nbs/04_emotion_net.ipynb #bb5398f0
+# %% ../nbs/04_emotion_net.ipynb #08be4545
 def _labels(batch, classes): return class_index(batch.expression, classes), batch.valence, batch.arousal
 
 
@@ -688,12 +701,12 @@ def on_validation_epoch_end(self: EmotionTask):
     numbers = dict(loss=self.loss(out, *labels)["loss"].item()) | emotion_metrics(out, *labels)
     self.log_dict({f"val_{k}": v for k, v in numbers.items()})
 
-# %% ../nbs/04_emotion_net.ipynb #f1198a57
+# %% ../nbs/04_emotion_net.ipynb #57f5a347
 def run_folder(
     config: EmotionConfig,
 ) -> Path:
     "Where the run of a configuration lives, a folder of its own."
-    said = {k: v for k, v in asdict(config).items() if k not in _ELSEWHERE} | {"synthetic": _WORLD}
+    said = {k: v for k, v in asdict(config).items() if k not in _ELSEWHERE} | {"world": _world() if "synthetic" in config.data else None}
     mark = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
     return settings().data / "runs" / f"emotion-{config.network}-{config.data}-{mark}"
 
@@ -712,7 +725,7 @@ def train_emotion(
     if config.keep: save_emotion_net(result.task.net, trained_here(config.network))
     return result
 
-# %% ../nbs/04_emotion_net.ipynb #5a192e75
+# %% ../nbs/04_emotion_net.ipynb #8372f0ab
 def predict(
     net: EmotionNet,
     faces: FaceDataset,  # what to look at
@@ -724,6 +737,7 @@ def predict(
     net.to(device).eval()
     with torch.inference_mode(): said = [(Emotion(*(t.cpu() for t in net(b.image))), b.index) for b in loader(faces, batch, device=device)]
     net.train(training)
+    if not said: raise EmocaError(f"{faces.name}: there is no face that can be read")
     return Emotion(*map(torch.cat, zip(*(out for out, _ in said)))), torch.cat([rows for _, rows in said]).numpy()
 
 

@@ -12,6 +12,7 @@ import scipy.stats
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from emoca_nb import emotion_net as E
 from emoca_nb.core import AssetMissing, BadFile, EmocaError, UnsafeFile
@@ -312,7 +313,7 @@ def test_mismatches_are_listed(emoca_resnet, tmp_path):
     with pytest.raises(BadFile, match="not finite"): E.load_emotion_net("resnet50", lightning(tmp_path / "d=1.ckpt", state))
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off", pickle.dumps([1, 2])])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off", pickle.dumps([1, 2], 2)])
 def test_hostile_files(content, tmp_path):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
@@ -336,6 +337,17 @@ def test_own_files_that_are_wrong(change, tmp_path):
     raw = torch.load(tmp_path / "net.pt", weights_only=True)
     torch.save(raw | change, tmp_path / "bad.pt")
     with pytest.raises(BadFile): E.load_emotion_net("mobilenet_v3", tmp_path / "bad.pt")
+
+
+def test_a_released_file_is_no_small_network(emoca_resnet):
+    with pytest.raises(BadFile, match="trained here"): E.load_emotion_net("resnet18", emoca_resnet[1])
+
+
+def test_trained_here_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOCA_NB_DATA", str(tmp_path))
+    net = E.emotion_net("mobilenet_v3", size=32)
+    E.save_emotion_net(net, E.trained_here("mobilenet_v3"))
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in E.load_emotion_net("mobilenet_v3").state_dict().items())
 
 
 def test_own_files_round_trip(tmp_path):
@@ -379,7 +391,7 @@ def test_efficientnet_lite0_is_the_wheels():
     (["a=1.5", "b=1.25", "last", "last=0.1", "no number"], "b=1.25"),
     (["epoch=03-val_loss_total/dataloader_idx_0=0.9", "epoch=01-val_loss_total/dataloader_idx_0=1.2"], "epoch=03-val_loss_total/dataloader_idx_0=0.9"),
     (["x=2", "x=-0.5", "x=nan"], "x=-0.5"),
-    (["x=1.5-v1", "x=1.6"], "x=1.5-v1")])
+    (["x=1.5-v1", "x=1.6"], "x=1.5-v1"), (["x=2e-05", "x=1.0"], "x=2e-05")])
 def test_best_checkpoint(names, best, tmp_path):
     for name in names:
         (path := tmp_path / f"{name}.ckpt").parent.mkdir(parents=True, exist_ok=True)
@@ -535,27 +547,45 @@ def test_smoothing_against_convolution():
 
 # training
 
+def affectnet_files(root, n=48):
+    "A small AffectNet of noise: training.csv, validation.csv, pictures, and EmoNet's two pickles."
+    r, images, parts = np.random.default_rng(0), root / "Manually_Annotated/Manually_Annotated_Images/1", {"val": {}, "test": {}}
+    images.mkdir(parents=True)
+    lines = ["subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"]
+    for i in range(n):
+        Image.fromarray(r.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(images / f"{i}.jpg")
+        label = dict(expression=i % 8, valence=round(r.uniform(-1, 1), 3), arousal=round(r.uniform(-1, 1), 3))
+        points = ";".join(f"{v:.1f}" for v in r.uniform(8, 40, 136))
+        lines.append(f"1/{i}.jpg,8,8,32,32,{points},{label['expression']},{label['valence']},{label['arousal']}")
+        if i % 4 < 2: parts[("val", "test")[i % 4]][f"1/{i}.jpg"] = label | {"expression_correct": 1}
+    for name in ("training", "validation"): (root / f"{name}.csv").write_text("\n".join(lines if name == "training" else lines[:2]) + "\n")
+    for name, labels in parts.items(): (root / f"{name}_fullpath.pkl").write_bytes(pickle.dumps(labels, 2))
+
+
 RUN = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from emoca_nb import emotion_net as E
-if (at := int(sys.argv[2])) >= 0:
+config = E.EmotionConfig(data="affectnet", network="mobilenet_v3", weights="none", size=32, batch=4, epochs=1.0, val_every=0.5, augment="emotion", device="cpu")
+def go(run): torch.save(E.train_emotion(config, f"{run}").task.net.state_dict(), f"{run}/net.pt")
+if sys.argv[1] == "again": go("killed")
+else:
+    go("whole")
     step = E.EmotionTask.training_step
     def dying(self, batch, i):
-        if self.global_step == at: os.kill(os.getpid(), signal.SIGKILL)
+        if self.global_step == 4: os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch, i)
     E.EmotionTask.training_step = dying
-config = E.EmotionConfig(network="mobilenet_v3", weights="none", size=32, pictures=48, batch=8, epochs=1.0, val_every=0.5, device="cpu")
-result = E.train_emotion(config, sys.argv[1])
-torch.save(result.task.net.state_dict(), sys.argv[1] + "/net.pt")
+    go("killed")
 """
 
 
 def test_a_killed_training_continues_the_same_run(tmp_path):
-    env = os.environ | {"EMOCA_NB_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
-    go = lambda run, at=-1: subprocess.run([sys.executable, "-c", RUN, str(tmp_path / run), str(at)], env=env, capture_output=True, text=True, timeout=300)
-    assert (done := go("whole")).returncode == 0, done.stderr
-    assert go("killed", 3).returncode == -signal.SIGKILL
-    assert (done := go("killed")).returncode == 0 and "continues at step" in done.stdout, done.stdout + done.stderr
+    affectnet_files(tmp_path / "affectnet")
+    where = {"AFFECTNET": "affectnet", "EMONET_VAL": "affectnet/val_fullpath.pkl", "EMONET_TEST": "affectnet/test_fullpath.pkl"}
+    env = os.environ | {f"EMOCA_NB_{k}": str(tmp_path / v) for k, v in where.items()} | {"OMP_NUM_THREADS": "1"}
+    go = lambda what: subprocess.run([sys.executable, "-c", RUN, what], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done := go("first")).returncode == -signal.SIGKILL, done.stderr
+    assert (done := go("again")).returncode == 0 and "continues at step" in done.stdout, done.stdout + done.stderr
     whole, killed = (torch.load(tmp_path / run / "net.pt", weights_only=True) for run in ("whole", "killed"))
     assert all(torch.equal(v, killed[k]) for k, v in whole.items())
