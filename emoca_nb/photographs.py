@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'UNIT_NAMES', 'LUMA', 'COLUMNS', 'RINGS', 'ROWS', 'HANG', 'MIDDLE', 'AZIMUTH', 'POLAR', 'STYLES',
            'HAIR_COLOURS', 'AROUND', 'SPEECH', 'AFFECT', 'PLAIN', 'TEXELS', 'WINDOW', 'DRIVERS', 'AT_REST', 'PORES',
            'BLOTCHES', 'STRANDS', 'FREEZE', 'BUMPS', 'BLOOD', 'MELANIN', 'MATERIALS', 'SKIN', 'EYE', 'TEETH', 'MOUTH',
-           'HAIR', 'CHEST', 'CLOTH', 'FRAME', 'HAT', 'LOOK', 'LABELS', 'chance', 'once', 'head_layer', 'marks',
+           'CHEST', 'FRAME', 'HAIR', 'CLOTH', 'HAT', 'LOOK', 'LABELS', 'chance', 'once', 'head_layer', 'marks',
            'unit_vector', 'prototypes', 'units_at', 'smooth', 'skins', 'rays', 'anchors', 'Hair', 'draw_hair_colour',
            'hairline', 'rings_at', 'draw_hair', 'grow', 'grid_mesh', 'Glasses', 'draw_glasses', 'tube', 'put_on',
            'draw_hat', 'pressed', 'visor', 'torso', 'Person', 'draw_paint', 'draw_person', 'express', 'in_disc',
@@ -17,7 +17,7 @@ __all__ = ['KINDS', 'UNIT_NAMES', 'LUMA', 'COLUMNS', 'RINGS', 'ROWS', 'HANG', 'M
            'relief', 'skin_of', 'backdrop', 'capsules', 'draw_bones', 'hold', 'lens_glass', 'tone_curve', 'blurred',
            'film_grain', 'expose', 'Photograph', 'seen_points', 'light_of', 'draw']
 
-# %% ../nbs/02c_photographs.ipynb #1ed27393
+# %% ../nbs/02c_photographs.ipynb #699660e1
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -30,12 +30,12 @@ from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
 from .core import load_npz
-from .flame import FLAME, open_head_path, rodrigues
+from .flame import FLAME, open_head_path
 from .open_head import EMOTIONS, EXPRESSION_UNITS, JAW_OPEN, PROTOTYPES, emotion_codes, sided
-from .renderer import Fragments, bake_uv, interpolate, project, rasterize, sh_basis, shade_sh, uv_fragments, uv_to_grid, vertex_normals
+from .renderer import Fragments, bake_uv, project, rasterize, sh_basis, shade_sh, uv_fragments, uv_to_grid, vertex_normals
 from .viewer import one_thread
 
-# %% ../nbs/02c_photographs.ipynb #c359a0e4
+# %% ../nbs/02c_photographs.ipynb #f2f44a65
 KINDS = ("person", "shot", "video", "light", "look")
 
 def chance(
@@ -46,7 +46,7 @@ def chance(
     "The generator of one thing of a set."
     return np.random.default_rng([seed, KINDS.index(kind), *number])
 
-# %% ../nbs/02c_photographs.ipynb #46e9b34e
+# %% ../nbs/02c_photographs.ipynb #f64b9c2a
 def once(
     most: int | None,  # values kept; None: all
 ):  # a decorator
@@ -59,7 +59,7 @@ def once(
         return single
     return keep
 
-# %% ../nbs/02c_photographs.ipynb #a31fc1a8
+# %% ../nbs/02c_photographs.ipynb #dbd87946
 UNIT_NAMES = (*EXPRESSION_UNITS[:50], "jawOpen")
 
 @once(1)
@@ -78,7 +78,7 @@ def unit_vector(
     "The unit weights that codes stand for."
     return np.append(codes["exp"].numpy(), codes["pose"][3].item() / JAW_OPEN).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #4d5d96b9
+# %% ../nbs/02c_photographs.ipynb #8eea519c
 @once(1)
 def prototypes() -> np.ndarray:  # (8,3,51)
     "Unit weights of each emotion's prototypes."
@@ -90,7 +90,7 @@ def units_at(
     "Where units stand in a vector of weights."
     return [UNIT_NAMES.index(unit) for name in names for unit in sided(name)]
 
-# %% ../nbs/02c_photographs.ipynb #26db0cde
+# %% ../nbs/02c_photographs.ipynb #086b3538
 def _unit(x):
     "Vectors along the first dimension of a tensor, made unit"
     return x * (x * x).sum(0, keepdim=True).clamp(min=1e-12).rsqrt()
@@ -104,7 +104,7 @@ def smooth(
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../nbs/02c_photographs.ipynb #b6856547
+# %% ../nbs/02c_photographs.ipynb #c441ce98
 LUMA = np.array([.299, .587, .114], np.float32)
 
 @once(1)
@@ -120,8 +120,8 @@ def skins() -> tuple[np.ndarray, np.ndarray]:  # (N,50) codes, and (N,) luminanc
     order = shaven[whole[shaven].argsort()]
     return codes[order], whole[order]
 
-# %% ../nbs/02c_photographs.ipynb #748f65be
-COLUMNS, RINGS, ROWS, HANG = 97, 40, 22, 10
+# %% ../nbs/02c_photographs.ipynb #4521a7b2
+COLUMNS, RINGS, ROWS, HANG = 81, 40, 18, 8
 MIDDLE, AZIMUTH = np.array([0, .03, -.03], np.float32), np.linspace(-np.pi, np.pi, COLUMNS)
 POLAR = np.linspace(.06, 2.6, RINGS)
 
@@ -131,7 +131,7 @@ def rays() -> np.ndarray:  # (C,R,3) unit
     x, y, z = np.sin(POLAR) * np.sin(AZIMUTH)[:, None], np.cos(POLAR), np.sin(POLAR) * np.cos(AZIMUTH)[:, None]
     return np.stack(np.broadcast_arrays(x, y, z), -1).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #2581497d
+# %% ../nbs/02c_photographs.ipynb #38f4966f
 @once(1)
 def anchors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,R,3) vertex ids, (C,R,3) weights, (C,R) height of the template there, metres
     "Where rays from the middle of the head leave the template; those that leave through the neck take the place of the ray above."
@@ -148,7 +148,7 @@ def anchors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,R,3) vertex id
     for r in range(1, RINGS): ids[missed[:, r], r], weights[missed[:, r], r] = ids[missed[:, r], r - 1], weights[missed[:, r], r - 1]
     return ids, weights, (head.v_template[ids] * weights[..., None]).sum(2)[..., 1]
 
-# %% ../nbs/02c_photographs.ipynb #2ee3704e
+# %% ../nbs/02c_photographs.ipynb #b940a28d
 @dataclass(frozen=True, eq=False)
 class Hair:
     "A shell over the skull: hair, or a hat."
@@ -168,11 +168,11 @@ def draw_hair_colour(
     age: float,  # 0..1
 ) -> np.ndarray:  # (3,) RGB
     "A hair colour."
-    fair = smooth(np.float64(tone), .35, .6)
+    fair = smooth(np.float64(tone), .42, .62)
     weight = np.array([1.6, 1, .9 * fair, .5 * fair, .4 * fair, .15 * fair, .9 * age**2, .8 * age**3])
     return (HAIR_COLOURS[r.choice(8, p=weight / weight.sum())] * r.uniform(.8, 1.25)).clip(.02, .9)
 
-# %% ../nbs/02c_photographs.ipynb #8f430029
+# %% ../nbs/02c_photographs.ipynb #fa8f1d7f
 def hairline(
     style: str,  # one of STYLES
     r: np.random.Generator,  # the source of randomness
@@ -194,7 +194,7 @@ def rings_at(
     "The fractional ring at a height on the template, for each direction."
     return np.stack([np.interp(-y, -heights, np.arange(RINGS)) for y, heights in zip(low, anchors()[2])])
 
-# %% ../nbs/02c_photographs.ipynb #b464361d
+# %% ../nbs/02c_photographs.ipynb #c4240bb5
 def _thickness(style, rings, f, r):
     "Metres off the head of each row: more on the crown than at the sides, in lumps, tapering at the hairline"
     top, side = dict(short=(r.uniform(.006, .026), r.uniform(.003, .008)), bangs=(.016, .009), bob=(.018, .014), long=(.016, .012), tied=(.006, .005), fringe=(.005, .006),
@@ -220,7 +220,7 @@ def draw_hair(
     sway = np.sin(np.linspace(0, r.uniform(2, 7), HANG) + r.uniform(0, 3)) * r.uniform(0, .008) - np.linspace(0, 1, HANG) * r.uniform(-.01, .03)
     return Hair(style, draw_hair_colour(r, tone, age), rings, thick, hang, np.broadcast_to(sway, (COLUMNS, HANG)))
 
-# %% ../nbs/02c_photographs.ipynb #269f3fe5
+# %% ../nbs/02c_photographs.ipynb #4493bddf
 def _between(grid, rings):
     "(C,R,3) looked up at fractional rings (C,ROWS)"
     low = rings.clip(0, RINGS - 1.001).astype(int)
@@ -243,7 +243,7 @@ def grow(
     step, hangs = np.linspace(0, 1, HANG + 1)[1:, None], (hair.hang > 0)[:, None, None]
     return np.concatenate([shell, shell[:, -1:] + hair.hang[:, None, None] * step * down + side[:, None] * hair.sway[..., None] * hangs], 1).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #b4fcc4c6
+# %% ../nbs/02c_photographs.ipynb #fd1b8240
 @once(None)
 def grid_mesh(
     columns: int,  # of the grid
@@ -255,7 +255,7 @@ def grid_mesh(
     uv = np.stack(np.meshgrid(np.linspace(0, 1, columns), np.linspace(0, 1, rows), indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
     return np.concatenate([np.stack([a, a + 1, a + rows], 1), np.stack([a + rows, a + 1, a + rows + 1], 1)]), uv
 
-# %% ../nbs/02c_photographs.ipynb #7e484497
+# %% ../nbs/02c_photographs.ipynb #815c0fdb
 @dataclass(frozen=True)
 class Glasses:
     "A person's glasses."
@@ -274,7 +274,7 @@ def draw_glasses(
     sun = r.random() < .08
     return Glasses(r.uniform(.023, .028), r.uniform(.015, .021) + .003 * sun, r.uniform(2, 4), r.uniform(.0006, .0018), tuple(dark if r.random() < .6 else light), .93 if sun else r.uniform(.02, .12))
 
-# %% ../nbs/02c_photographs.ipynb #5ef9338c
+# %% ../nbs/02c_photographs.ipynb #14c5e36a
 def tube(
     path: np.ndarray,  # (N,3) metres
     radius: float,  # metres
@@ -289,7 +289,7 @@ def tube(
     if closed: points = np.concatenate([points, points[:1]])
     return points.reshape(-1, 3).astype(np.float32), grid_mesh(len(points), 5)[0]
 
-# %% ../nbs/02c_photographs.ipynb #2454337a
+# %% ../nbs/02c_photographs.ipynb #df1c0dca
 def _rims(g, points, turn):
     "Outlines (2,28,3) of the lenses, the right one first"
     right, up, forward = turn.T
@@ -316,7 +316,7 @@ def put_on(
         tubes.append(tube(np.linspace(hinge, back, 8) + right * side * .004 * arch, g.radius))
     return tubes, rims
 
-# %% ../nbs/02c_photographs.ipynb #3729ed56
+# %% ../nbs/02c_photographs.ipynb #3041c8a4
 def draw_hat(
     r: np.random.Generator,  # the source of randomness
 ) -> Hair:
@@ -342,7 +342,7 @@ def visor(
     out = np.linspace(0, 1, 6)[:, None] * (np.cos(np.linspace(-np.pi / 2, np.pi / 2, 25)).clip(0) ** .5)[:, None, None] * length
     return rim[:, None] + out * (turn[:, 2] * .95 - turn[:, 1] * .3)
 
-# %% ../nbs/02c_photographs.ipynb #822abd58
+# %% ../nbs/02c_photographs.ipynb #925bcfc4
 AROUND = 41
 #                height, half width, half depth, middle; metres
 _TORSO = np.array([[-.075, .046, .044, -.058], [-.105, .052, .05, -.06], [-.122, .075, .060, -.058], [-.138, .115, .072, -.056],
@@ -362,7 +362,7 @@ def torso(
     low = np.cos(angle).clip(0) ** 3 * dip * np.exp(-1.2 * step) - collar * (step == 0)
     return np.stack([np.sin(angle) * (x * grown + rise), y - low - .6 * chest, np.cos(angle) * (z * grown + rise) + middle + chest], -1).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #8604b20b
+# %% ../nbs/02c_photographs.ipynb #12955129
 @dataclass(frozen=True, eq=False)
 class Person:
     "What stays the same from one picture of a person to the next."
@@ -379,7 +379,7 @@ class Person:
     glasses: Glasses | None
     paint: dict  # see `draw_paint`
 
-# %% ../nbs/02c_photographs.ipynb #40830f44
+# %% ../nbs/02c_photographs.ipynb #95193ab6
 def draw_paint(
     r: np.random.Generator,  # the source of randomness
     hair: Hair,  # of the person
@@ -394,7 +394,7 @@ def draw_paint(
     return beard | brow | dict(lash=.9 if made_up else r.uniform(.3, .7), lips=r.uniform(0, .6) if made_up else r.uniform(-.25, .05), cheek=r.uniform(0, .1),
                                freckle=max(0., r.normal(-.2, .3)), blotch=r.uniform(.01, .05), teeth=r.uniform(.72, 1.12), shine=r.lognormal(-.1, .5))
 
-# %% ../nbs/02c_photographs.ipynb #954f9000
+# %% ../nbs/02c_photographs.ipynb #dadc24c7
 @once(8)
 def draw_person(
     seed: int,  # of the set
@@ -409,7 +409,7 @@ def draw_person(
                   lean=r.normal(0, .1, 8).astype(np.float32), taste=r.dirichlet([.6] * 3, 8).astype(np.float32), lids=r.uniform(-.1, .07), hair=hair,
                   glasses=draw_glasses(r) if r.random() < .18 else None, paint=draw_paint(r, hair))
 
-# %% ../nbs/02c_photographs.ipynb #c2c7c70e
+# %% ../nbs/02c_photographs.ipynb #7801c4c6
 _SIDE = np.array([n.endswith("Left") * 1. - n.endswith("Right") for n in UNIT_NAMES], np.float32)
 _STRAY = [i for i, n in enumerate(UNIT_NAMES) if not n.startswith(("eyeLook", "eyeBlink", "jaw", "mouthClose", "cheekPuff", "mouthFunnel", "mouthPucker"))]
 SPEECH = units_at("mouthFunnel", "mouthPucker", "mouthStretch", "mouthLowerDown", "mouthUpperUp")
@@ -430,7 +430,7 @@ def express(
         w[r.choice(SPEECH, 2)] += r.uniform(0, .3, 2)
     return w.clip(0, 1.15).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #27b3fe51
+# %% ../nbs/02c_photographs.ipynb #8df2a3c5
 AFFECT = np.array([[(0, 0), (-.02, -.02), (-.03, .02)], [(.75, .2), (.6, .0), (.78, .45)], [(-.65, -.3), (-.55, -.4), (-.72, .15)], [(.1, .72), (.22, .55), (.08, .88)],
                    [(-.4, .72), (-.35, .6), (-.45, .82)], [(-.65, .4), (-.6, .3), (-.7, .55)], [(-.5, .5), (-.52, .68), (-.45, .85)], [(-.5, .3), (-.5, .3), (-.6, .4)]])
 
@@ -449,7 +449,7 @@ def affect(
     "Valence and arousal that a labeller gives."
     return in_disc(intensity * taste @ AFFECT[emotion] + r.normal(0, .06 if emotion == 0 else .08, 2))
 
-# %% ../nbs/02c_photographs.ipynb #a6f29d67
+# %% ../nbs/02c_photographs.ipynb #6cff7b23
 @dataclass(frozen=True)
 class Effects:
     "What a picture has beyond the model's own rendering: a strength, or whether at all."
@@ -489,7 +489,7 @@ class Lens:
     noise: float  # deviation
     quality: int  # of the JPEG
 
-# %% ../nbs/02c_photographs.ipynb #902d7dc3
+# %% ../nbs/02c_photographs.ipynb #4db14c1f
 @dataclass(frozen=True, eq=False)
 class Scene:
     "One photograph before it is taken."
@@ -512,7 +512,7 @@ class Scene:
     prop: bool  # a hand or a microphone before the face
     effects: Effects = Effects()
 
-# %% ../nbs/02c_photographs.ipynb #10b6b694
+# %% ../nbs/02c_photographs.ipynb #d6ae417f
 def draw_turn(
     r: np.random.Generator,  # the source of randomness
 ) -> np.ndarray:  # (3,) axis-angle, radians
@@ -530,7 +530,7 @@ def draw_light(
     light[4:] = r.normal(0, .04, (5, 1))
     return light
 
-# %% ../nbs/02c_photographs.ipynb #6ae24840
+# %% ../nbs/02c_photographs.ipynb #e17506de
 def _lamp(direction, power, warmth):
     return np.concatenate([direction / np.linalg.norm(direction), power * np.exp(warmth * np.array([1, .1, -1]))])
 
@@ -544,7 +544,7 @@ def draw_lamps(
     if r.random() < .25: lamps.append(_lamp(np.array([r.choice([-1, 1]) * r.uniform(.8, 1.5), r.uniform(.2, .8), -r.uniform(.2, .8)]), r.uniform(.3, .9), r.normal(0, .12)))
     return np.array(lamps, np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #479c9869
+# %% ../nbs/02c_photographs.ipynb #5553c1da
 @once(1)
 def _sphere():
     "Directions (N,3) spread evenly, and the pseudo-inverse (9,N) of the harmonics there"
@@ -561,7 +561,7 @@ def lamp_harmonics(
     towards = torch.from_numpy(lamps)
     return (inverse @ ((n @ towards[:, :3].T).clamp(min=0) @ towards[:, 3:])).numpy()
 
-# %% ../nbs/02c_photographs.ipynb #99fd8a57
+# %% ../nbs/02c_photographs.ipynb #bca6aeb9
 def draw_outfit(
     r: np.random.Generator,  # the source of randomness
 ) -> Outfit:
@@ -580,7 +580,7 @@ def draw_lens(
                 contrast=r.uniform(.85, 1.35), cast=np.exp(r.normal(0, .06, 3)).astype(np.float32), saturation=0. if r.random() < .45 else r.uniform(.55, 1.15), vignette=r.exponential(.12),
                 noise=r.exponential(.009), quality=int(r.integers(55, 96)))
 
-# %% ../nbs/02c_photographs.ipynb #67c88795
+# %% ../nbs/02c_photographs.ipynb #08c670b9
 def draw_scene(
     seed: int,  # of the set
     index: int,  # of the picture in the set
@@ -599,7 +599,7 @@ def draw_scene(
     return Scene(seed, (index,), 0, person, emotion, intensity, affect(emotion, intensity, taste, r), express(person, emotion, intensity, taste, r), draw_turn(r), gaze,
                  lids.astype(np.float32), framing, draw_light(light), draw_lamps(light), draw_outfit(light), draw_lens(light), bool(light.random() < .05))
 
-# %% ../nbs/02c_photographs.ipynb #c119747a
+# %% ../nbs/02c_photographs.ipynb #01336a29
 def codes_of(
     scene: Scene,  # what is photographed
 ) -> dict[str, torch.Tensor]:  # shape, exp, pose, eye_pose, eyelid, tex, light, each with a batch of one
@@ -626,8 +626,8 @@ def camera_of(
     x, y = ((low + high) / 2).tolist()
     return torch.tensor([[scale, -x + 2 * framing[1] / scale, -y - 2 * framing[2] / scale]]).float()
 
-# %% ../nbs/02c_photographs.ipynb #49b91117
-TEXELS, WINDOW = 512, (slice(92, 424), slice(96, 416))  # of the painted skin; rows and columns of the face in it
+# %% ../nbs/02c_photographs.ipynb #7da22a78
+TEXELS, WINDOW = 384, (slice(69, 318), slice(72, 312))  # of the painted skin; rows and columns of the face in it
 
 @once(1)
 def skin_places() -> np.ndarray:  # (3,h,w) millimetres
@@ -646,7 +646,7 @@ def near_curve(
     d, nearest = cKDTree(fine).query(place[:2].reshape(2, -1).T, distance_upper_bound=reach)
     return np.where(place[2].ravel() > -20, d, np.inf).reshape(place.shape[1:]), np.append(way, 0)[nearest].reshape(place.shape[1:])
 
-# %% ../nbs/02c_photographs.ipynb #9daa2070
+# %% ../nbs/02c_photographs.ipynb #f8e3398d
 def furrow(
     curve: np.ndarray,  # (n,2) millimetres, in the frontal plane
     width: float,  # of the furrow, millimetres
@@ -656,7 +656,7 @@ def furrow(
     d = np.where(np.isfinite(d), d, 1e4) / width
     return (-(1 - d**2) * np.exp(-d**2 / 2) * np.sin(np.pi * way).clip(0) ** .5).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #6565613b
+# %% ../nbs/02c_photographs.ipynb #abde6768
 def _curves() -> dict:
     "Wrinkles of the left half of the face: group -> curves, and their width in millimetres."
     p = marks()[:, :2]
@@ -681,7 +681,7 @@ def wrinkle_maps() -> tuple[tuple, torch.Tensor]:  # names such as "crowLeft", a
     maps = {name: sum(furrow(c, width) for c in curves) for name, (curves, width) in _curves().items()}
     return tuple(n + s for n in maps for s in ("Left", "Right")), torch.from_numpy(np.stack([m[:, ::k].copy() for m in maps.values() for k in (1, -1)]))
 
-# %% ../nbs/02c_photographs.ipynb #dfd0de5a
+# %% ../nbs/02c_photographs.ipynb #eda6a7d5
 DRIVERS = dict(forehead=dict(browInnerUp=.8, browOuterUp=.8), glabella=dict(browDown=1.1, browInnerUp=.25), root=dict(noseSneer=.7, browDown=.4), bunny=dict(noseSneer=1.),
                crow=dict(cheekSquint=.8, eyeSquint=.4, mouthSmile=.3), pouch=dict(cheekSquint=.6, eyeSquint=.5, noseSneer=.3), fold=dict(mouthSmile=.9, noseSneer=.6, mouthUpperUp=.6, cheekSquint=.3),
                bracket=dict(mouthSmile=.6, mouthDimple=.8, mouthStretch=.5), corner=dict(mouthFrown=.9, mouthStretch=.3), chin=dict(mouthShrugLower=1., mouthFrown=.4, mouthPress=.3))
@@ -705,23 +705,23 @@ def wrinkle_depths(
     "How deep each wrinkle is."
     return ((.25 + .85 * age) * (_drive() @ units) + .8 * age**2 * np.repeat(list(AT_REST.values()), 2)).clip(0, 1.3).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #cfb0efac
+# %% ../nbs/02c_photographs.ipynb #590d2311
 PORES, BLOTCHES, STRANDS, FREEZE, BUMPS = range(5)
 
 @once(1)
-def noises() -> torch.Tensor:  # (5,512,512), mean 0, deviation 1
+def noises() -> torch.Tensor:  # (5,384,384), mean 0, deviation 1
     "Textures of chance: pores, blotches, hair strands (upright), freckles' places, bumps."
     r = np.random.default_rng(1)
-    fields = [gaussian_filter(r.normal(size=(TEXELS, TEXELS)), s, mode="wrap") for s in ((.8, .8), (9, 9), (24, 1.), (1.5, 1.), (2, 2))]
+    fields = [gaussian_filter(r.normal(size=(TEXELS, TEXELS)), s, mode="wrap") for s in ((.6, .6), (7, 7), (18, .8), (1.2, .8), (1.5, 1.5))]
     return torch.from_numpy(np.stack([(f - f.mean()) / f.std() for f in fields]).astype(np.float32))
 
 def texture_mask(
     name: str,  # one of the head's `uv_masks`
-) -> torch.Tensor:  # (512,512) 0..1
+) -> torch.Tensor:  # (384,384) 0..1
     "A region's mask at the size of the painted skin."
     return torch.from_numpy(cv2.resize(head_layer().head.uv_masks[name], (TEXELS, TEXELS), interpolation=cv2.INTER_LINEAR)).float() / 255
 
-# %% ../nbs/02c_photographs.ipynb #6ecd21ae
+# %% ../nbs/02c_photographs.ipynb #73ba1f73
 @once(1)
 def paint_maps() -> dict[str, torch.Tensor]:  # (h,w) each, 0..1
     "Where each paint lies, over the face's window."
@@ -735,12 +735,14 @@ def paint_maps() -> dict[str, torch.Tensor]:  # (h,w) each, 0..1
                freckle=smooth(z, 20, 40) * np.exp(-np.square((y - 2) / 22)) * smooth(45 - abs(x), 0, 15))
     return {k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32)) for k, v in out.items()}
 
-# %% ../nbs/02c_photographs.ipynb #5f9dc579
+# %% ../nbs/02c_photographs.ipynb #8c7eb4b2
 @once(1)
 def _brow_frame():
-    "Distance from the middle plane, height over the brow's line, and place along it (0 inner, 1 outer end): (h,w) each"
+    "Texels near the brows (h,w); of each, distance from the middle plane, height over the brow's line, and place along it (0 inner, 1 outer end): (3,n)"
     curve, (x, y, _) = marks()[22:27, :2], skin_places()
-    return abs(x), y - np.interp(abs(x), curve[:, 0], curve[:, 1] + [0, .5, .5, .5, 0]), np.interp(abs(x), curve[:, 0], np.linspace(0, 1, 5), left=-.2, right=1.2)
+    across, way = y - np.interp(abs(x), curve[:, 0], curve[:, 1] + [0, .5, .5, .5, 0]), np.interp(abs(x), curve[:, 0], np.linspace(0, 1, 5), left=-.2, right=1.2)
+    at = (abs(across) < 11) & (way > -.12) & (way < 1.12)
+    return torch.from_numpy(at), np.stack([abs(x), across, way])[:, at]
 
 def brow_paint(
     thick: float,  # half the height of the brow, millimetres
@@ -748,11 +750,13 @@ def brow_paint(
     strokes: int,  # which strokes
 ) -> torch.Tensor:  # (h,w) 0..1
     "A pair of brows in strokes."
-    x, across, way = _brow_frame()
+    at, (x, across, way) = _brow_frame()
     across = across - lift * np.sin(np.pi * way.clip(0, 1))
     height = thick * np.interp(way, [-.12, 0, .15, .6, 1, 1.12], [0, .75, 1, .85, .35, 0])
     strand = noises()[STRANDS].numpy()[(across * 14 + x * 5 + strokes).astype(int) % TEXELS, (x * 11 - across * 9 + strokes).astype(int) % TEXELS]
-    return torch.from_numpy((smooth(height - abs(across) + .5 * strand, -.4, 1.1) * smooth(way, -.12, .05) * smooth(1.1 - way, 0, .15)).astype(np.float32))
+    out = torch.zeros(skin_places().shape[1:])
+    out[at] = torch.from_numpy((smooth(height - abs(across) + .5 * strand, -.4, 1.1) * smooth(way, -.12, .05) * smooth(1.1 - way, 0, .15)).astype(np.float32))
+    return out
 
 @once(1)
 def lash_paint() -> torch.Tensor:  # (h,w) 0..1
@@ -760,19 +764,26 @@ def lash_paint() -> torch.Tensor:  # (h,w) 0..1
     lines = (([36, 37, 38, 39], 1.6), ([42, 43, 44, 45], 1.6), ([36, 41, 40, 39], .7), ([42, 47, 46, 45], .7))
     return torch.from_numpy(sum(np.exp(-np.square(near_curve(marks()[ids, :2], 4 * w)[0] / w)) for ids, w in lines).clip(0, 1).astype(np.float32))
 
-# %% ../nbs/02c_photographs.ipynb #24267639
+# %% ../nbs/02c_photographs.ipynb #7e269257
 BLOOD, MELANIN = torch.tensor([.25, 1., .85])[:, None, None], torch.tensor([.5, .9, 1.2])[:, None, None]
+
+def _cut(noise, shift):
+    "A piece of a texture of chance as large as the face's window, from another place for each person"
+    rows, columns = (w.stop - w.start for w in WINDOW)
+    y, x = shift % (TEXELS - rows), shift // 2 % (TEXELS - columns)
+    return noise[y:y + rows, x:x + columns]
 
 def _pigments(person):
     "Density of all pigments over the face's window, (3,h,w)"
     p, maps = person.paint, paint_maps()
-    pores, blotches, spots = (noises()[k].roll((p["strokes"], 3 * p["strokes"]), (0, 1))[*WINDOW] for k in (PORES, BLOTCHES, FREEZE))
+    pores, blotches, spots = (_cut(noises()[k], p["strokes"]) for k in (PORES, BLOTCHES, FREEZE))
     blood = maps["cheek"] * p["cheek"] + 1.2 * maps["lips"] * p["lips"]
-    return maps["face"] * (.03 * pores + p["blotch"] * blotches) * (BLOOD + .3) + blood * BLOOD + maps["freckle"] * p["freckle"] * (spots > 1.5) * MELANIN
+    out = maps["face"] * (.03 * pores + p["blotch"] * blotches) * (BLOOD + .3) + blood * BLOOD
+    return out + maps["freckle"] * p["freckle"] * (spots > 1.5) * MELANIN if p["freckle"] else out
 
 def paint_skin(
     person: Person,  # whose
-) -> torch.Tensor:  # (3,512,512) 0..1
+) -> torch.Tensor:  # (3,384,384) 0..1
     "A person's albedo, painted in fine detail."
     p, maps, strand = person.paint, paint_maps(), noises()[STRANDS][*WINDOW]
     coarse = head_layer().head.albedo.albedo(torch.from_numpy(person.tex)[None])[0].movedim(0, -1).numpy()
@@ -786,9 +797,9 @@ def paint_skin(
     grown = dict(bald=.12, fringe=.12).get(person.hair.style, .88)
     return fine.lerp_(face.mean((1, 2), keepdim=True) * (1 - grown) + grown * hair, texture_mask("scalp") * .9)
 
-# %% ../nbs/02c_photographs.ipynb #3ef013c8
-MATERIALS = ("skin", "eye", "teeth", "mouth", "hair", "chest", "cloth", "frame", "hat")
-SKIN, EYE, TEETH, MOUTH, HAIR, CHEST, CLOTH, FRAME, HAT = range(9)
+# %% ../nbs/02c_photographs.ipynb #b1f85b7a
+MATERIALS = ("skin", "eye", "teeth", "mouth", "chest", "frame", "hair", "cloth", "hat")  # the last three without a mirror's shine
+SKIN, EYE, TEETH, MOUTH, CHEST, FRAME, HAIR, CLOTH, HAT = range(9)
 
 @once(1)
 def head_materials() -> np.ndarray:  # (F,) numbers in MATERIALS
@@ -801,7 +812,7 @@ def head_materials() -> np.ndarray:  # (F,) numbers in MATERIALS
     out[np.isin(head.faces, np.concatenate([head.regions["left_eyeball"], head.regions["right_eyeball"]])).all(1)] = EYE
     return out
 
-# %% ../nbs/02c_photographs.ipynb #4df377f4
+# %% ../nbs/02c_photographs.ipynb #35e25ab3
 @once(1)
 def _parts():
     "Material, faces and places in the grid of each part besides the head"
@@ -826,7 +837,7 @@ def topology(
     corners = faces.T.flatten().numpy()
     return faces, *rest, csr_array((np.ones(len(corners), np.float32), (corners, np.tile(np.arange(len(faces)), 3))), shape=(v, len(faces)))
 
-# %% ../nbs/02c_photographs.ipynb #204c5f10
+# %% ../nbs/02c_photographs.ipynb #fb572752
 def build(
     scene: Scene,  # what is photographed
     vertices: np.ndarray,  # (V,3) of the posed head, metres
@@ -835,7 +846,7 @@ def build(
     "The mesh of a scene."
     if not scene.effects.things: return vertices, (), None
     person, outfit, pivot = scene.person, scene.outfit, np.array([0, -.106, -.061])
-    turn, lean = rodrigues(torch.from_numpy(np.stack([scene.turn, scene.turn * np.float32([.15, .35, .25])]))).numpy()
+    turn, lean = (cv2.Rodrigues(v)[0] for v in (scene.turn, scene.turn * np.float32([.15, .35, .25])))
     width = np.ptp((vertices[head_layer().head.regions["boundary"]] @ turn)[:, 0]) / .117
     parts, lenses = dict(head=vertices), None
     if person.hair.style != "bald": parts["hair"] = grow(pressed(person.hair, outfit.hat), vertices, turn)
@@ -848,7 +859,7 @@ def build(
         if outfit.visor: parts["visor"] = visor(parts["hat"], turn, outfit.visor)
     return np.concatenate([p.reshape(-1, 3) for p in parts.values()]).astype(np.float32), tuple(parts)[1:], lenses
 
-# %% ../nbs/02c_photographs.ipynb #a5675a90
+# %% ../nbs/02c_photographs.ipynb #99d08474
 @dataclass(eq=False)
 class Pixels:
     "The n pixels that show the mesh, sorted by material."
@@ -856,7 +867,7 @@ class Pixels:
     index: torch.Tensor  # (n,) in the picture, row by row
     starts: list  # first pixel of each material, and n
     normal: torch.Tensor  # (3,n) unit
-    strand: torch.Tensor  # (3,n) unit, along the hair
+    strand: torch.Tensor  # (3,n) along the hair, not unit
     uv: torch.Tensor  # (2,n) place in the texture, [-1,1] with y down; of things: place in their grid, 0..1
     place: torch.Tensor  # (3,n) metres
     albedo: torch.Tensor  # (3,n)
@@ -879,7 +890,7 @@ def spread(self: Pixels,
     out[self.index] = values.T
     return out.view(self.size, self.size, -1).numpy()
 
-# %% ../nbs/02c_photographs.ipynb #42cfed3c
+# %% ../nbs/02c_photographs.ipynb #65233025
 def vertex_frames(
     vertices: np.ndarray,  # (V,3) metres
     faces: np.ndarray,  # (F,3)
@@ -887,7 +898,7 @@ def vertex_frames(
     names: tuple,  # parts besides the head
 ) -> torch.Tensor:  # (V,6) normal, and direction along the hair; not unit
     "Directions at the vertices."
-    a, b, c = (vertices[i] for i in faces.T)
+    a, b, c = vertices.take(faces.T, 0)
     x, y = b - a, c - a
     normal = around @ (x[:, [1, 2, 0]] * y[:, [2, 0, 1]] - x[:, [2, 0, 1]] * y[:, [1, 2, 0]])
     normal, strand = normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12), np.zeros_like(normal)
@@ -896,7 +907,7 @@ def vertex_frames(
         strand[first:first + math.prod(shell[:2])] = np.gradient(vertices[first:first + math.prod(shell[:2])].reshape(shell), axis=1).reshape(-1, 3)
     return torch.from_numpy(np.concatenate([normal, strand], 1))
 
-# %% ../nbs/02c_photographs.ipynb #f860cacb
+# %% ../nbs/02c_photographs.ipynb #f24afb47
 def look_at(
     vertices: np.ndarray,  # (V,3) metres
     names: tuple,  # parts besides the head
@@ -907,18 +918,19 @@ def look_at(
     faces, uv, uv_faces, materials, around = topology(*names)
     seen = rasterize(project(torch.from_numpy(vertices)[None], cam), faces, size)
     hit = seen.mask.flatten().nonzero()[:, 0]
-    material = materials[seen.pix_to_face.flatten()[hit]]
-    index = hit[torch.from_numpy(material.numpy().astype(np.uint8).argsort(kind="stable"))]
-    starts = [0, *torch.bincount(material, minlength=len(MATERIALS)).cumsum(0).tolist()]
-    frames = interpolate(seen, vertex_frames(vertices, faces.numpy(), around, names), faces)[0].flatten(1)[:, index]
-    normal, strand = _unit(frames[:3]), _unit(frames[3:])
+    face = seen.pix_to_face.flatten()[hit]
+    order = torch.from_numpy(materials[face].numpy().astype(np.uint8).argsort(kind="stable"))
+    index, face, starts = hit[order], face[order], [0, *torch.bincount(materials[face], minlength=len(MATERIALS)).cumsum(0).tolist()]
+    weights = seen.bary.view(-1, 3)[index]
+    mix = lambda values, corners: F.embedding_bag(corners[face], values, mode="sum", per_sample_weights=weights).T.contiguous()
+    frames, (scale, tx, ty), zeros = mix(vertex_frames(vertices, faces.numpy(), around, names), faces), cam[0], torch.zeros(2, 3, len(index))
+    normal = _unit(frames[:3])
     normal[:, starts[HAIR]:] *= torch.where(normal[2:, starts[HAIR]:] < 0, -1, 1)  # sheets have two sides
-    (scale, tx, ty), zeros = cam[0], torch.zeros(2, 3, len(index))
     x, y = ((k.float() + .5) / size * 2 - 1 for k in (index % size, index // size))
     place = torch.stack([x / scale - tx, -y / scale - ty, -seen.depth.flatten()[index] / scale])
-    return Pixels(size, index, starts, normal, strand, interpolate(seen, uv, uv_faces)[0].flatten(1)[:, index], place, *zeros), seen
+    return Pixels(size, index, starts, normal, frames[3:], mix(uv, uv_faces), place, *zeros), seen
 
-# %% ../nbs/02c_photographs.ipynb #6a4d83d5
+# %% ../nbs/02c_photographs.ipynb #6a0aeb28
 @once(1)
 def _gradients():
     "Gradients of texel column and row over the template, per millimetre: two (3,h,w)"
@@ -938,12 +950,12 @@ def relief(
     gu, gv = _gradients()
     return torch.cat([(along * gu + down * gv).clamp(-1.5, 1.5), h[None]])
 
-# %% ../nbs/02c_photographs.ipynb #b941c66f
+# %% ../nbs/02c_photographs.ipynb #700b132a
 @once(8)
 def skin_of(
     seed: int,  # of the set
     number: int,  # of the person
-    painted: bool = True,  # in fine detail; else the model's albedo
+    painted: bool,  # in fine detail; else the model's albedo
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (4,h,w) skin and the face's region, and (3,) colour of the neck
     "A person's skin."
     person = draw_person(seed, number)
@@ -960,7 +972,7 @@ def _window(uv):
     middle, half = (torch.tensor([[f(w) / TEXELS] for w in WINDOW[::-1]]) for f in (lambda w: w.start + w.stop - TEXELS, lambda w: w.stop - w.start))
     return (uv - middle) / half
 
-# %% ../nbs/02c_photographs.ipynb #d13d7666
+# %% ../nbs/02c_photographs.ipynb #dc56deda
 @patch
 def wear_skin(self: Pixels,
     scene: Scene,  # what is photographed
@@ -971,23 +983,23 @@ def wear_skin(self: Pixels,
     colour = _at(skin_of(scene.seed, scene.person.number, scene.effects.paint)[0], self.uv[:, head])
     self.albedo[:, head] = colour[:3]
     if strength:
-        turn, bump = rodrigues(torch.from_numpy(scene.turn)), _at(relief(scene), _window(self.uv[:, skin]))
+        turn, bump = torch.from_numpy(cv2.Rodrigues(scene.turn)[0]), _at(relief(scene), _window(self.uv[:, skin]))
         self.normal[:, skin] = _unit(self.normal[:, skin] - strength * turn @ bump[:3])
         self.albedo[:, skin] *= 1 + .35 * strength * bump[3].clamp(-1.2, .2)
     if scene.effects.paint:
-        self.albedo[:, self.of(EYE)] *= .84
+        self.albedo[:, self.of(EYE)] *= .68
         self.albedo[:, self.of(TEETH)] *= scene.person.paint["teeth"] * (1 - .22 * torch.exp(-11 * torch.sin(self.uv[0, self.of(TEETH)] * 54 * math.pi) ** 2))
         self.albedo[:, inner] *= torch.exp(-((lips - .008 - self.place[2, inner]) / .022).clamp(0, 3))
     return colour[3, skin]
 
-# %% ../nbs/02c_photographs.ipynb #ff7ebe88
+# %% ../nbs/02c_photographs.ipynb #6b674807
 @patch
 def wear_clothes(self: Pixels,
     scene: Scene,  # what is photographed
 ):
     "Colour what is neither head nor hair: jacket, shirt and tie, stripes, or one colour."
     person, outfit, cloth = scene.person, scene.outfit, self.of(CLOTH)
-    self.albedo[:, self.of(CHEST)] = skin_of(scene.seed, person.number)[1][:, None]
+    self.albedo[:, self.of(CHEST)] = skin_of(scene.seed, person.number, scene.effects.paint)[1][:, None]
     around, down = (self.uv[0, cloth] - .5).abs() * 2 * math.pi, self.uv[1, cloth]
     outer, shirt, tie = torch.from_numpy(outfit.cloth)[..., None]
     inner = dict(plain=around < 0, stripes=torch.sin(down * 70) > 0, jacket=around < .85 - 1.1 * down)[outfit.kind]
@@ -995,28 +1007,28 @@ def wear_clothes(self: Pixels,
     if person.glasses: self.albedo[:, self.of(FRAME)] = torch.tensor(person.glasses.colour).float()[:, None]
     if outfit.hat: self.albedo[:, self.of(HAT)] = torch.from_numpy(outfit.hat.colour).float()[:, None]
 
-# %% ../nbs/02c_photographs.ipynb #a102d7ae
+# %% ../nbs/02c_photographs.ipynb #b2565b52
 @patch
 def wear_hair(self: Pixels,
     scene: Scene,  # what is photographed
 ):
     "Strands: lighter and darker, and a highlight across them."
     hair = self.of(HAIR)
-    colour, uv = torch.from_numpy(scene.person.hair.colour).float()[:, None], self.uv[:, hair]
+    colour, uv, strand = torch.from_numpy(scene.person.hair.colour).float()[:, None], self.uv[:, hair], _unit(self.strand[:, hair])
     noise = noises()[STRANDS].flatten()[(uv[1] * 150).long() % TEXELS * TEXELS + (uv[0] * 1500).long() % TEXELS]
     self.albedo[:, hair] = colour * (.55 + .45 * (2.5 * uv[1]).clamp(0, 1)) * (1 + .2 * noise).clamp(.4, 1.7)
     for lamp in torch.from_numpy(scene.lamps):
         half = F.normalize(lamp[:3] + torch.tensor([0, 0, 1.]), dim=0)
-        across = (-22 * (half @ self.strand[:, hair] + .08 * noise) ** 2).exp() * (lamp[:3] @ self.normal[:, hair]).clamp(0, 1) * (.6 + .3 * noise).clamp(0, 1)
+        across = (-22 * (half @ strand + .08 * noise) ** 2).exp() * (lamp[:3] @ self.normal[:, hair]).clamp(0, 1) * (.6 + .3 * noise).clamp(0, 1)
         self.gloss[:, hair] += scene.effects.shine * across * lamp[3:, None] * (.05 + .22 * colour)
 
-# %% ../nbs/02c_photographs.ipynb #580cf039
+# %% ../nbs/02c_photographs.ipynb #8a96b2a5
 @patch
 def shadow(self: Pixels,
     vertices: torch.Tensor,  # (1,V,3) metres
     faces: torch.Tensor,  # (F,3)
     towards: torch.Tensor,  # (3,) unit vector to the lamp
-    size: int = 192,  # side of the lamp's own picture, pixels
+    size: int = 144,  # side of the lamp's own picture, pixels
     reach: float = .17,  # half the side of that picture, metres
 ) -> torch.Tensor:  # (n,) 0 lit, 1 in shadow
     "Which pixels something else hides from a lamp."
@@ -1025,10 +1037,10 @@ def shadow(self: Pixels,
     seen = rasterize((vertices - middle.T) @ frame.T, faces, size)
     depth = torch.where(seen.mask, seen.depth, 9).flatten()
     x, y, z = frame @ (self.place - middle)
-    x, y = (((k + 1) * (size / 2)).clamp(1, size - 2).int() for k in (x, y))
+    x, y = (((k + 1) * (size / 2)).clamp(1, size - 2).long() for k in (x, y))
     texel, z = y * size + x, z - .004 / reach
     votes = sum((z > depth[texel + step]).float() for step in (-size - 1, -size + 1, size - 1, size + 1))
-    return torch.from_numpy(cv2.blur(self.spread(votes[None] / 4), (4, 4))).flatten()[self.index]
+    return torch.from_numpy(cv2.blur(self.spread(votes[None] / 4), (5, 5))).flatten()[self.index]
 
 @patch
 def openness(self: Pixels) -> torch.Tensor:  # (n,) 1 open, less in hollows
@@ -1042,10 +1054,10 @@ def openness(self: Pixels) -> torch.Tensor:  # (n,) 1 open, less in hollows
         out *= 1 - (strength * (depth[..., 0] - near)).clip(0, .45)
     return torch.from_numpy(out).flatten()[self.index]
 
-# %% ../nbs/02c_photographs.ipynb #77ecee7d
+# %% ../nbs/02c_photographs.ipynb #29bd4d07
 #               how far red, green, blue reach into shadow; broad shine, sharp shine, its exponent; a row for each material
-LOOK = torch.tensor([[.30, .16, .10, .10, .10, 50], [.1, .05, .05, 0, .7, 300], [.2, .2, .15, .10, .30, 60], [.2, .1, .1, .05, .30, 50], [.3, .3, .3, 0, 0, 1],
-                     [.30, .16, .10, .06, .05, 30], [.1, .1, .1, .01, 0, 20], [0, 0, 0, .1, .7, 60], [.15, .15, .15, .01, 0, 20]]).T
+LOOK = torch.tensor([[.30, .16, .10, .10, .10, 50], [.1, .05, .05, 0, .55, 300], [.2, .2, .15, .10, .30, 60], [.2, .1, .1, .05, .30, 50], [.30, .16, .10, .06, .05, 30],
+                     [0, 0, 0, .1, .7, 60], [.3, .3, .3, 0, 0, 1], [.1, .1, .1, 0, 0, 1], [.15, .15, .15, 0, 0, 1]]).T
 
 @patch
 def shade(self: Pixels,
@@ -1055,19 +1067,23 @@ def shade(self: Pixels,
 ) -> torch.Tensor:  # (3,n)
     "The light that comes from every pixel."
     wrap, broad, sharp, power = LOOK.repeat_interleave(torch.tensor(self.starts).diff(), dim=1).split([3, 1, 1, 1])
-    rim, faint = (1 - self.normal[2].clamp(0, 1)) ** 2, torch.ones_like(open_)
+    shiny, faint, effects = self.of(SKIN, FRAME), torch.ones_like(open_), scene.effects
     faint[self.of(TEETH)] = .4
-    light = shade_sh(self.normal[None, :, None], torch.from_numpy(scene.light)[None])[0, :, 0].clamp(min=.02) * (1 - scene.effects.hollows * faint * (1 - open_))
-    glow = .25 * rim * broad * light
+    light = shade_sh(self.normal[None, :, None], torch.from_numpy(scene.light)[None])[0, :, 0].clamp(min=.02) * (1 - effects.hollows * faint * (1 - open_))
+    normal, broad, sharp, power = self.normal[:, shiny], broad[0, shiny], sharp[0, shiny], power[0, shiny]
+    rim = (1 - normal[2].clamp(0, 1)) ** 2
+    glow = .25 * rim * broad * light[:, shiny]
     for lamp, shadow in zip(torch.from_numpy(scene.lamps), shadows):
-        lit, facing = 1 - scene.effects.shadows * shadow * faint, lamp[:3] @ self.normal
-        gleam = F.normalize(lamp[:3] + torch.tensor([0, 0, 1.]), dim=0) @ self.normal - 1
+        lit, facing = 1 - effects.shadows * shadow * faint, lamp[:3] @ self.normal
         light += lamp[3:, None] * ((facing + wrap) / (1 + wrap)).clamp(min=0) * lit
-        glow += lamp[3:, None] * (lit * (facing > 0) * (broad * (1 + 4 * rim) * (14 * gleam).exp() + sharp * (power * gleam).exp()))
+        gleam = F.normalize(lamp[:3] + torch.tensor([0, 0, 1.]), dim=0) @ normal - 1
+        glow += lamp[3:, None] * (lit[shiny] * (facing[shiny] > 0) * (broad * (1 + 4 * rim) * (14 * gleam).exp() + sharp * (power * gleam).exp()))
     glow[:, self.of(SKIN, EYE)] *= scene.person.paint["shine"]
-    return self.albedo * light + scene.effects.shine * glow + self.gloss
+    out = self.albedo * light + self.gloss
+    out[:, shiny] += effects.shine * glow
+    return out
 
-# %% ../nbs/02c_photographs.ipynb #54a67083
+# %% ../nbs/02c_photographs.ipynb #2b231442
 def backdrop(
     r: np.random.Generator,  # the source of randomness
     size: int,  # side of the picture, pixels
@@ -1084,7 +1100,7 @@ def backdrop(
     sharp = r.uniform(.3, 3)
     return cv2.resize(gaussian_filter(field, (sharp, sharp, 0)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
-# %% ../nbs/02c_photographs.ipynb #30f3661a
+# %% ../nbs/02c_photographs.ipynb #24a0eb59
 def capsules(
     size: int,  # side of the picture, pixels
     bones: np.ndarray,  # (n,5) ends x, y, x, y and radius, in [-1,1] of the picture
@@ -1102,7 +1118,7 @@ def capsules(
         normal[:, nearer] = np.stack([dx, -dy, np.sqrt(inside.clip(0))])[:, nearer]
     return (best * 12).clip(0, 1), normal
 
-# %% ../nbs/02c_photographs.ipynb #e9f0b3f3
+# %% ../nbs/02c_photographs.ipynb #b27a0a07
 def draw_bones(
     r: np.random.Generator,  # the source of randomness
     points: np.ndarray,  # (68,2) landmarks in [-1,1]
@@ -1129,12 +1145,12 @@ def hold(
     "A hand or a microphone before the head."
     kind, bones = draw_bones(r, points)
     mask, normal = capsules(len(image), bones)
-    colour = skin_of(scene.seed, scene.person.number)[1].numpy() * 1.05 if kind == "hand" else np.full(3, r.uniform(.03, .2))
+    colour = skin_of(scene.seed, scene.person.number, scene.effects.paint)[1].numpy() * 1.05 if kind == "hand" else np.full(3, r.uniform(.03, .2))
     light = shade_sh(torch.from_numpy(normal)[None], torch.from_numpy(scene.light)[None])[0].movedim(0, -1).numpy()
     for lamp in scene.lamps: light = light + lamp[3:] * np.einsum("c,chw->hw", lamp[:3], normal)[..., None].clip(0)
     return (image + (colour * light * (.6 + .4 * normal[2])[..., None] - image) * mask[..., None]).astype(np.float32), mask
 
-# %% ../nbs/02c_photographs.ipynb #31803216
+# %% ../nbs/02c_photographs.ipynb #f73989a5
 def lens_glass(
     image: np.ndarray,  # (R,R,3) float32
     seen: Fragments,  # what each pixel sees
@@ -1152,7 +1168,7 @@ def lens_glass(
     streak = np.sin((x * r.uniform(.5, 1.5) + y) * r.uniform(8, 20) + r.uniform(0, 6)).clip(0, 1) ** 2 * r.choice([.02, .07, .25], p=[.65, .28, .07])
     return (image * (1 - tint * over)[..., None] + (over * streak)[..., None]).astype(np.float32), over * tint
 
-# %% ../nbs/02c_photographs.ipynb #74216244
+# %% ../nbs/02c_photographs.ipynb #7dc3e580
 @once(64)
 def tone_curve(
     contrast: float,  # slope in the middle
@@ -1176,7 +1192,7 @@ def blurred(
     line = cv2.warpAffine(line, cv2.getRotationMatrix2D((n // 2, n // 2), math.degrees(angle), 1), (n, n))
     return cv2.filter2D(image, -1, line / line.sum())
 
-# %% ../nbs/02c_photographs.ipynb #9bf5d5c5
+# %% ../nbs/02c_photographs.ipynb #df1d39e2
 @once(1)
 def _grain():
     return np.random.default_rng(2).standard_normal((1024, 1024), np.float32)
@@ -1202,16 +1218,15 @@ def expose(
     image, fewer = blurred(image, lens.blur * scale, lens.shake[0], lens.shake[1] * scale), max(16, int(lens.detail * size))
     image = cv2.resize(image, (fewer, fewer), interpolation=cv2.INTER_AREA)
     if fewer < size: image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
-    image = image * (lens.cast * np.float32(lens.exposure / np.clip(mean, .05, 2)) ** .65)
-    if lens.saturation != 1: image = lens.saturation * image + (1 - lens.saturation) * (image @ LUMA)[..., None]
+    mix = (np.float32(lens.saturation) * np.eye(3, dtype=np.float32) + (1 - np.float32(lens.saturation)) * LUMA) * lens.cast * np.float32(lens.exposure / np.clip(mean, .05, 2)) ** .65
     t = np.linspace(-1, 1, size, dtype=np.float32)
-    image = image * (1 - lens.vignette * (t**2 + t[:, None] ** 2) / 2)[..., None]
-    image = tone_curve(lens.contrast)[(image * 1024).clip(0, 4095).astype(np.int16)]
+    image = cv2.transform(image, mix) * (1024 * (1 - np.float32(lens.vignette / 2) * (t**2 + t[:, None] ** 2)))[..., None]
+    image = tone_curve(lens.contrast).take(image.astype(np.int32), mode="clip")
     return ((image + film_grain(size, 3 if lens.saturation else 1, r) * np.float32(lens.noise)).clip(0, 1) * 255 + .5).astype(np.uint8)
 
-# %% ../nbs/02c_photographs.ipynb #cf5b3ad5
+# %% ../nbs/02c_photographs.ipynb #1fe99b0a
 LABELS = ("background", "face", "eyes", "mouth", "skin", "hair", "clothes", "other")
-_LABEL_OF = torch.tensor([4, 2, 3, 3, 5, 4, 6, 7, 7])  # of each material; which skin is the face's, the texture's region says
+_LABEL_OF = torch.tensor([4, 2, 3, 3, 4, 7, 5, 6, 7])  # of each material; which skin is the face's, the texture's region says
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
@@ -1237,7 +1252,7 @@ def seen_points(
     x, y = pixel.clamp(0, len(depth) - 1).T
     return (inside & (points[0, :, 2] < depth[y, x] + slack)).numpy() & ~hidden[y, x]
 
-# %% ../nbs/02c_photographs.ipynb #2e2032ec
+# %% ../nbs/02c_photographs.ipynb #f0ebe2b7
 def light_of(
     scene: Scene,  # what is photographed
     out,  # `HeadOutput` of the head
@@ -1253,13 +1268,14 @@ def light_of(
     if names: pixels.wear_clothes(scene), pixels.wear_hair(scene)
     mesh, faces = torch.from_numpy(vertices)[None], topology(*names)[0]
     shadows = [pixels.shadow(mesh, faces, torch.from_numpy(lamp[:3])) if scene.effects.shadows and lamp[3:].mean() > .2 else torch.zeros(1) for lamp in scene.lamps]
-    light = pixels.shade(scene, pixels.openness(), shadows)
-    label = _LABEL_OF.repeat_interleave(torch.tensor(pixels.starts).diff()).float()
-    label[pixels.of(SKIN)] = torch.where(face > .5, 1., 4.)
-    picture = pixels.spread(torch.cat([light, label[None]]))
-    return np.where(picture[..., 3:] > 0, picture[..., :3], backdrop(r, size)), picture[..., 3].astype(np.uint8), seen, lenses
+    label = _LABEL_OF.repeat_interleave(torch.tensor(pixels.starts).diff()).byte()
+    label[pixels.of(SKIN)] = torch.where(face > .5, 1, 4).byte()
+    image, labels = backdrop(r, size), np.zeros((size, size), np.uint8)
+    image.reshape(-1, 3)[pixels.index] = pixels.shade(scene, pixels.openness(), shadows).T
+    labels.reshape(-1)[pixels.index] = label
+    return image, labels, seen, lenses
 
-# %% ../nbs/02c_photographs.ipynb #be97620b
+# %% ../nbs/02c_photographs.ipynb #c7fff748
 def draw(
     scene: Scene,  # what is photographed
     size: int = 224,  # side of the picture, pixels
@@ -1269,7 +1285,7 @@ def draw(
         codes, r, before = codes_of(scene), chance(scene.seed, "look", *scene.shot), LABELS.index("other")
         out = pose_head(codes)
         codes["cam"] = cam = camera_of(out.landmarks2d, scene.framing)
-        image, labels, seen, lenses = light_of(scene, out, cam, 5 * size // 4, r)
+        image, labels, seen, lenses = light_of(scene, out, cam, 6 * size // 5, r)
         points = [project(x, cam) for x in (out.landmarks2d, out.landmarks_mp)]
         if lenses is not None:
             image, over = lens_glass(image, seen, lenses, cam, scene.person.glasses.tint, r)
