@@ -57,8 +57,11 @@ def _reduced(f):
 
 # %% ../nbs/04c_fitting.ipynb #cf9672f3
 @patch
-def turns(self: LandmarkHead, pose: Tensor) -> Tensor:
-    "Rotations of the joints, (B,J,3,3)."
+def turns(
+    self: LandmarkHead,
+    pose: Tensor,  # (B,6) global and jaw, axis-angle
+) -> Tensor:  # (B,J,3,3)
+    "Rotations of the joints."
     rest = pose.new_zeros(len(pose), 3 * (len(self.parents) - 2))
     return rodrigues(torch.cat([pose[:, :3], rest[:, :3], pose[:, 3:], rest[:, 3:]], 1).unflatten(1, (-1, 3)))
 
@@ -185,7 +188,10 @@ class Prior:
         "How unlikely these are."
         return ((x @ self.Q) * x).sum(-1) / 2 + x @ self.l
 
-    def to(self, where) -> Prior:
+    def to(
+        self,
+        where,  # device or dtype
+    ) -> Prior:
         "On another device."
         return Prior(*(part.to(where) for part in (self.Q, self.l, self.low, self.high)))
 
@@ -241,7 +247,10 @@ class LandmarkTerms:
     contour: float = 0.3  # weight of a point of the jaw line
     corners: float = 0.25  # weight of a width of the mouth against an opening
 
-    def weights(self, x):
+    def weights(
+        self,
+        x: Tensor,  # of the device and dtype wanted
+    ):
         "Weights of 68 landmarks, weights of openings, and their matrix (R,68)."
         D = F.one_hot(torch.tensor(_OPENINGS), 68).to(x)
         w = torch.ones(68).to(x)

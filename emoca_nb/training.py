@@ -144,10 +144,14 @@ class Plan:
     steps: int  # in the run
     val_steps: int  # between validations
     accumulate: int  # batches in a step
-    def validates(self, step): return step % self.val_steps == 0 or step == self.steps
+    def validates(self,
+        step, # batches done
+    ):
+        "Whether validation comes after this batch"
+        return step % self.val_steps == 0 or step == self.steps
 
 def plan(
-    config: RunConfig,
+    config: RunConfig,  # how long, and how often to look
     epoch: int,  # items in an epoch
     batch_size: int,  # items in a batch of one process
     world: int = 1,  # processes
@@ -236,7 +240,11 @@ def on_before_optimizer_step(self: _Guard, trainer, task, optimizer):
 
 # %% ../nbs/03b_training.ipynb #82a01da4
 @patch
-def stop(self: _Guard, trainer, why):
+def stop(self: _Guard,
+    trainer,  # Lightning's
+    why,  # in words
+):
+    "End the run: write down the step's items and raise"
     kept = max(Path(self.run_dir).glob("checkpoints/step-*.ckpt"), default=None)
     with atomic_write(Path(self.run_dir, "stopped_by.txt")) as f: f.write_text("\n".join(self.items) + "\n")
     shown = ", ".join(self.items[:4]) + (f" and {len(self.items) - 4} more (all in {self.run_dir}/stopped_by.txt)" if len(self.items) > 4 else "")
@@ -307,7 +315,10 @@ def on_train_end(self: _Keep, trainer, task):
     trainer.strategy.barrier()
 
 @patch
-def save(self: _Keep, trainer):
+def save(self: _Keep,
+    trainer,  # Lightning's
+):
+    "Write a checkpoint and keep the last two"
     self.saved = self.step
     trainer.save_checkpoint(self.dir / f"checkpoints/step-{self.step:08d}.ckpt")
     if trainer.is_global_zero:
@@ -461,7 +472,7 @@ def fit(
     train: DataLoader,  # what to train on: data set, batch size of one process, sampler, collation, workers
     val=None,  # a DataLoader, or several
     run_dir="run",  # folder of the run
-    config: RunConfig = RunConfig(max_epochs=1),
+    config: RunConfig = RunConfig(max_epochs=1),  # how long, how often to look, where
     about: dict | None = None,  # more that makes this run what it is, for its config.json
 ) -> Result:
     "Train a task, continue its run, or read its result."
