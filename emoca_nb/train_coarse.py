@@ -149,7 +149,7 @@ _SAME = "lr batch each val_every patience emotion_net start augment".split()  # 
 
 
 def stage_of(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
 ) -> Stage:
     "A stage, with what a configuration changes."
     if c.stage not in STAGES: raise EmocaError(f"there is no stage {c.stage!r}; choose one of {', '.join(STAGES)}")
@@ -164,7 +164,7 @@ WORLDS = dict(synthetic="affectnet", synthetic_people="vggface2")  # name: the l
 
 
 def world(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
     name: str = "synthetic",  # one of WORLDS
 ) -> Path:  # the set's folder; drawn if it is not there
     "The synthetic world of a configuration."
@@ -186,7 +186,7 @@ def _read(name, c, crop):
 
 # %% ../nbs/05_train_coarse.ipynb #cbb86dbb
 def datasets(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
 ) -> tuple[FaceDataset, FaceDataset, FaceDataset]:
     "Training, validation and test."
     crop = {k: getattr(stage_of(c), k) for k in ("scale", "margin")}
@@ -195,8 +195,8 @@ def datasets(
 
 
 def batches(
-    data: FaceDataset,
-    c: CoarseConfig,
+    data: FaceDataset,  # faces
+    c: CoarseConfig,  # the configuration
     train: bool = False,  # in the stage's order; False: one after the other
 ):  # a loader
     "Batches of a data set, in a stage's order."
@@ -233,7 +233,7 @@ class Decoder(nn.Module):
 @patch
 def forward(
     self: Decoder,
-    codes: Codes,
+    codes: Codes,  # of the head
     picture: bool = True,  # False: only the mesh and its landmarks
 ) -> Drawn:
     "Draw heads."
@@ -247,7 +247,7 @@ def forward(
 
 # %% ../nbs/05_train_coarse.ipynb #81bb25c0
 def compose(
-    drawn: Rendering,
+    drawn: Rendering,  # what the renderer drew
     image: Tensor,  # (B,3,H,W) the photograph
     background: str = "black",  # or "input"
 ) -> tuple[Tensor, Tensor]:  # (B,3,H,W) picture, and (B,1,H,W) where the face is
@@ -356,7 +356,7 @@ def truth_loss(
 
 # %% ../nbs/05_train_coarse.ipynb #45ec58a4
 def expression_rows(
-    encoders: Encoders,
+    encoders: Encoders,  # both encoders
 ) -> Tensor:  # (n,) places in E_flame's output
     "Which of E_flame's numbers E_expression puts out."
     place = Codes.split(torch.arange(float(sum(encoders.layout.values())))[None], encoders.layout)
@@ -375,7 +375,7 @@ def copy_expression(
 
 # %% ../nbs/05_train_coarse.ipynb #7c162ac3
 def encoders_for(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
     flame: FLAME,  # for the mean face
 ) -> Encoders:
     "Networks as a stage begins with them."
@@ -458,7 +458,7 @@ def ask(
 @patch
 def recall(
     self: CoarseTask,
-    batch: Batch,
+    batch: Batch,  # of faces
     part: str,  # "train" or "val"
 ) -> Frozen:
     "What the frozen networks say, from the table where there is one."
@@ -470,8 +470,8 @@ def recall(
 @patch
 def encode(
     self: CoarseTask,
-    batch: Batch,
-    frozen: Frozen,
+    batch: Batch,  # of faces
+    frozen: Frozen,  # codes of the frozen encoder
 ) -> Codes:
     "Codes of a batch; gradients reach what trains."
     if self.stage.trains == "coarse": codes = self.encoders.coarse(batch.image)[0]
@@ -483,7 +483,7 @@ def encode(
 def exchange(
     self: CoarseTask,
     codes: Codes,  # (B)
-    batch: Batch,
+    batch: Batch,  # of faces
 ) -> tuple[Codes, Batch, Tensor]:  # (2B) codes, batch, and rows of the original batch
     "The batch twice, shapes exchanged within people in the second half."
     rows = torch.arange(len(batch), device=codes.shape.device).repeat(2)
@@ -496,9 +496,9 @@ def exchange(
 @patch
 def beside(
     self: CoarseTask,
-    batch: Batch,
-    codes: Codes,
-    frozen: Frozen,
+    batch: Batch,  # of faces
+    codes: Codes,  # of the head
+    frozen: Frozen,  # codes of the frozen encoder
 ) -> Compared:
     "A reconstruction beside its photograph."
     w = self.stage.losses
@@ -516,7 +516,7 @@ def beside(
 @patch
 def recognise(
     self: CoarseTask,
-    codes: Codes,
+    codes: Codes,  # of the head
     image: Tensor,  # (B,3,H,W)
 ) -> tuple[Tensor, Tensor]:  # (B,D) of the rendering and of the photograph
     "Identity features; only the geometry has gradients."
@@ -528,7 +528,7 @@ def recognise(
 @patch
 def skin(
     self: CoarseTask,
-    batch: Batch,
+    batch: Batch,  # of faces
 ) -> Tensor:  # (B,1,H,W)
     "The photograph's skin: as labelled, else the hull of the landmarks."
     hull = face_mask(batch.landmarks, batch.image.shape[-1]).nan_to_num(0)
@@ -538,7 +538,7 @@ def skin(
 @patch
 def step(
     self: CoarseTask,
-    batch: Batch,
+    batch: Batch,  # of faces
     part: str,  # "train" or "val"
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss, and its terms without their weights
     "The loss of a batch."
@@ -573,8 +573,8 @@ def validation_step(self: CoarseTask, batch, number):
 # %% ../nbs/05_train_coarse.ipynb #1f0102ea
 @torch.no_grad()
 def remember(
-    task: CoarseTask,
-    data: FaceDataset,
+    task: CoarseTask,  # the stage's task
+    data: FaceDataset,  # faces
     path,  # of the table; read if it is there
     device="cpu",  # to work on
 ) -> dict[str, Tensor]:  # codes (N,236), features (N,F), emotion (N,D); NaN for pictures that cannot be read
@@ -603,7 +603,7 @@ def fingerprint(
 
 
 def make_task(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
 ) -> CoarseTask:
     "The task of a configuration."
     s = stage_of(c)
@@ -657,7 +657,7 @@ class Regressor(nn.Module):
 
 # %% ../nbs/05_train_coarse.ipynb #5675230a
 def save_regressor(
-    regressor: Regressor,
+    regressor: Regressor,  # the trained encoders
     path,  # of the file
 ):
     "Write a regressor in 16 bits a weight; `load_regressor` reads it."
@@ -689,7 +689,7 @@ _ELSEWHERE = "out workers device devices nodes precision".split()  # what does n
 
 
 def run_folder(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
 ) -> Path:
     "The run's folder: as given, or a name of its own below the data folder."
     said = {k: v for k, v in asdict(c).items() if k not in _ELSEWHERE} | dict(world=VERSION)
@@ -712,7 +712,7 @@ def _remember(task, c, s, out, **parts):
 
 # %% ../nbs/05_train_coarse.ipynb #5b141a3f
 def train_coarse(
-    c: CoarseConfig,
+    c: CoarseConfig,  # the configuration
 ) -> CoarseResult:
     "Train a stage, continue its run, or read its result."
     seed_everything(c.seed)
@@ -737,7 +737,7 @@ def landmark_error(
 
 
 def expression_error(
-    flame: FLAME,
+    flame: FLAME,  # the head layer
     codes: Codes,  # found
     known: Codes,  # true, of the same pictures
 ) -> Tensor:  # (B,) mm
@@ -761,10 +761,10 @@ class Seen:
 @torch.no_grad()
 def see(
     find,  # Batch to Codes
-    data: FaceDataset,
-    decoder: Decoder,
+    data: FaceDataset,  # faces
+    decoder: Decoder,  # codes to pictures
     net: EmotionNet | None = None,  # looks at the renderings
-    truth: Truth | None = None,
+    truth: Truth | None = None,  # ground-truth codes, or None
     device="cpu",  # to work on
 ) -> Seen:
     "Reconstruct a data set and compare."
@@ -786,8 +786,8 @@ def _inputs(codes): return torch.cat([codes.shape, codes.exp, codes.jaw], 1).num
 
 def emotion_from_codes(
     train: tuple[Codes, FaceDataset],  # codes, and the faces with their labels, row by row
-    test: tuple[Codes, FaceDataset],
-    seed: int = 0,
+    test: tuple[Codes, FaceDataset],  # faces that no training saw
+    seed: int = 0,  # of the small network
 ) -> dict[str, float]:  # as `emotion_metrics`
     "How well a small MLP tells emotions from codes."
     from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -821,11 +821,11 @@ def agreement(
 def measure(
     find,  # Batch to Codes
     train: FaceDataset,  # for the MLP
-    test: FaceDataset,
-    decoder: Decoder,
-    net: EmotionNet,
+    test: FaceDataset,  # faces that no training saw
+    decoder: Decoder,  # codes to pictures
+    net: EmotionNet,  # emotion network
     photographs: Emotion,  # what the network says of the test photographs
-    truth: Truth | None = None,
+    truth: Truth | None = None,  # ground-truth codes, or None
     device="cpu",  # to work on
 ) -> dict[str, float]:
     "A row of the result."

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and its own assertions hold. Benchmarks run in test_papermill.py, with a tiny profile."""
+"""Every notebook runs from top to bottom, and its own assertions hold. Those of benchmarks/ and paper/ run in test_papermill.py, with a tiny profile."""
 import json
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from nbdev.test import test_nb as run_notebook
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb")
-                   if not {"benchmarks", ".ipynb_checkpoints"} & set(p.relative_to(NBS).parts))
+                   if not {"benchmarks", "paper", ".ipynb_checkpoints"} & set(p.relative_to(NBS).parts))
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ NBS = Path(__file__).resolve().parent.parent / "nbs"
 PARAMETERISED = sorted(p.parent.relative_to(NBS / "profiles").as_posix() for p in (NBS / "profiles").rglob("tiny.yaml"))
 
 
-def test_every_benchmark_has_a_tiny_profile():
-    assert {p.relative_to(NBS).with_suffix("").as_posix() for p in (NBS / "benchmarks").glob("*.ipynb")} <= set(PARAMETERISED)
+def test_every_benchmark_and_experiment_has_a_tiny_profile():
+    assert {p.relative_to(NBS).with_suffix("").as_posix() for folder in ("benchmarks", "paper") for p in (NBS / folder).glob("*.ipynb")} <= set(PARAMETERISED)
 
 
 def run(name, output, **parameters):
