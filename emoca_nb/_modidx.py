@@ -1312,6 +1312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'emoca_nb.training._finish': ('training.html#_finish', 'emoca_nb/training.py'),
                                    'emoca_nb.training._flat': ('training.html#_flat', 'emoca_nb/training.py'),
                                    'emoca_nb.training._identity': ('training.html#_identity', 'emoca_nb/training.py'),
+                                   'emoca_nb.training._interruptible': ('training.html#_interruptible', 'emoca_nb/training.py'),
                                    'emoca_nb.training._like': ('training.html#_like', 'emoca_nb/training.py'),
                                    'emoca_nb.training._names': ('training.html#_names', 'emoca_nb/training.py'),
                                    'emoca_nb.training._numbers': ('training.html#_numbers', 'emoca_nb/training.py'),
