@@ -6,8 +6,8 @@
 __all__ = ['seed_for', 'order_of', 'Stream', 'RunConfig', 'Plan', 'plan', 'save_checkpoint', 'read_checkpoint',
            'newest_checkpoint', 'gather', 'Result', 'fit', 'history', 'curves']
 
-# %% ../nbs/03b_training.ipynb #59b4bc19
-import json, logging, math, os, warnings, zipfile
+# %% ../nbs/03b_training.ipynb #575af753
+import json, logging, math, os, signal, threading, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
 from .core import BadFile, EmocaError, atomic_write, load_checkpoint, pick_device, progress, seed_everything
 
-# %% ../nbs/03b_training.ipynb #7d1ce86d
+# %% ../nbs/03b_training.ipynb #15c77f2f
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch as pl
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-# %% ../nbs/03b_training.ipynb #05602dda
+# %% ../nbs/03b_training.ipynb #4da04bbd
 def seed_for(
     seed: int,  # of the run
     kind: int,  # what is drawn: 0 order, 1 items, 2 step, 3 validation
@@ -38,7 +38,7 @@ def seed_for(
     "A seed of its own for a place in a run."
     return int(np.random.SeedSequence((seed, kind, number, rank)).generate_state(1)[0])
 
-# %% ../nbs/03b_training.ipynb #9a1359aa
+# %% ../nbs/03b_training.ipynb #29519cb3
 def order_of(
     loader: DataLoader,  # with its data set, batch size and sampler
     seed: int = 0,  # for torch's own random samplers
@@ -55,7 +55,7 @@ def order_of(
     first = list(sampler)
     return partial(_at_epoch, sampler), len(_flat(first)), batches.batch_size if sampler is not batches else len(first[0])
 
-# %% ../nbs/03b_training.ipynb #2282bda9
+# %% ../nbs/03b_training.ipynb #62436224
 def _weighed(sampler, rng, epoch):
     chances = sampler.weights.double().numpy() / sampler.weights.double().sum().item()
     return rng(epoch).choice(len(chances), sampler.num_samples, sampler.replacement, chances).tolist()
@@ -66,7 +66,7 @@ def _at_epoch(sampler, epoch):
 
 def _flat(indices): return [i for batch in indices for i in batch] if indices and isinstance(indices[0], (list, tuple)) else indices
 
-# %% ../nbs/03b_training.ipynb #63505662
+# %% ../nbs/03b_training.ipynb #544c2745
 class Stream(Sampler):
     "Batches cut from the endless stream of epochs."
 
@@ -94,7 +94,7 @@ class Stream(Sampler):
     def __len__(self): return self.stop
     def __iter__(self): return ([(number, self.rank), *self.batch(number)] for number in range(self.start, self.stop))
 
-# %% ../nbs/03b_training.ipynb #9f2b3f3c
+# %% ../nbs/03b_training.ipynb #632c7e9d
 class _Drawn(Dataset):
     "A data set whose random draws are a function of the batch."
     def __init__(self, data, seed): self.data, self.seed = data, seed
@@ -104,7 +104,7 @@ class _Drawn(Dataset):
         many = getattr(self.data, "__getitems__", None)
         return many(keyed[1:]) if many else [self.data[i] for i in keyed[1:]]
 
-# %% ../nbs/03b_training.ipynb #453382f1
+# %% ../nbs/03b_training.ipynb #64167c59
 @dataclass(frozen=True)
 class RunConfig:
     "How long, how often, on what."
@@ -129,7 +129,7 @@ class RunConfig:
 
 _NEUTRAL = ("checkpoint_every", "log_every", "device")
 
-# %% ../nbs/03b_training.ipynb #8046e641
+# %% ../nbs/03b_training.ipynb #c75780fb
 def _check(config):
     if (config.max_steps is None) == (config.max_epochs is None): raise EmocaError("give one of max_steps and max_epochs")
     if config.mode not in ("min", "max"): raise EmocaError(f'mode is "min" or "max", not {config.mode!r}')
@@ -137,7 +137,7 @@ def _check(config):
     for name in ("max_steps", "max_epochs", "val_every", "accumulate", "devices", "nodes", "checkpoint_every", "log_every", "explode", "patience", "clip"):
         if (value := getattr(config, name)) is not None and not value > 0: raise EmocaError(f"{name} must be above zero, not {value}")
 
-# %% ../nbs/03b_training.ipynb #87b53fdb
+# %% ../nbs/03b_training.ipynb #36139646
 @dataclass(frozen=True)
 class Plan:
     "A configuration, in steps."
@@ -161,7 +161,7 @@ def plan(
     steps = config.max_steps or math.ceil(config.max_epochs * per_epoch)
     return Plan(steps, int(config.val_every) if config.val_every > 1 else max(1, round(config.val_every * per_epoch)), config.accumulate)
 
-# %% ../nbs/03b_training.ipynb #8e0dd18d
+# %% ../nbs/03b_training.ipynb #8cc5bb69
 class _Files(CheckpointIO):
     def __init__(self, task): self.task, self.unsaved = task, tuple(f"{name}." for name in getattr(task, "unsaved", ()))
     def _kept(self, state): return {k: v for k, v in state.items() if not k.startswith(self.unsaved)} if self.unsaved else state
@@ -174,7 +174,7 @@ class _Files(CheckpointIO):
         return found | {"state_dict": self.task.state_dict() | found["state_dict"]} if self.unsaved and "state_dict" in found else found
     def remove_checkpoint(self, path): Path(path).unlink(missing_ok=True)
 
-# %% ../nbs/03b_training.ipynb #1132f5de
+# %% ../nbs/03b_training.ipynb #8ef1adfb
 def save_checkpoint(
     what: dict,  # of tensors and plain values
     path,  # the file
@@ -193,7 +193,7 @@ def read_checkpoint(
         if part := archive.testzip(): raise BadFile(path, "a whole checkpoint", f"damage in {part}")
     return out
 
-# %% ../nbs/03b_training.ipynb #8d9ab1f0
+# %% ../nbs/03b_training.ipynb #04061ef7
 def newest_checkpoint(
     run_dir,  # folder of a run
 ) -> tuple[Path | None, dict | None]:  # the file and what it holds
@@ -203,14 +203,14 @@ def newest_checkpoint(
         except EmocaError as e: print(f"passed over: {e}")
     return None, None
 
-# %% ../nbs/03b_training.ipynb #6e371e31
+# %% ../nbs/03b_training.ipynb #12c39e75
 class _Draws(pl.Callback):
     def __init__(self, seed): self.seed = seed
     def on_train_batch_start(self, trainer, task, batch, batch_idx): seed_everything(seed_for(self.seed, 2, batch_idx, trainer.global_rank))
     def on_validation_batch_start(self, trainer, task, batch, batch_idx, dataloader_idx=0):
         seed_everything(seed_for(self.seed, 3, batch_idx, trainer.global_rank))
 
-# %% ../nbs/03b_training.ipynb #dc7604ca
+# %% ../nbs/03b_training.ipynb #8aa5d6f7
 class _Guard(pl.Callback):
     def __init__(self, explode, run_dir): self.explode, self.run_dir, self.first, self.step = explode, run_dir, [], 0
     def state_dict(self): return {"first": self.first}
@@ -224,7 +224,7 @@ def _names(batch, number):
     path = batch.get("path") if isinstance(batch, dict) else getattr(batch, "path", None)
     return [f"batch {number}"] if path is None else [str(p) for p in path]
 
-# %% ../nbs/03b_training.ipynb #79ed289d
+# %% ../nbs/03b_training.ipynb #66b8ac0b
 @patch
 def on_before_backward(self: _Guard, trainer, task, loss):
     self.loss += (value := loss.item())
@@ -238,7 +238,7 @@ def on_before_optimizer_step(self: _Guard, trainer, task, optimizer):
     if not math.isfinite(self.norm): self.stop(trainer, f"the gradient's norm is {self.norm}")
     if len(self.first) < 20: self.first.append(abs(self.loss))
 
-# %% ../nbs/03b_training.ipynb #674ab265
+# %% ../nbs/03b_training.ipynb #a810099b
 @patch
 def stop(self: _Guard,
     trainer,  # Lightning's
@@ -250,7 +250,7 @@ def stop(self: _Guard,
     shown = ", ".join(self.items[:4]) + (f" and {len(self.items) - 4} more (all in {self.run_dir}/stopped_by.txt)" if len(self.items) > 4 else "")
     raise EmocaError(f"step {self.step}: {why}. The step's items: {shown}. The weights were not changed by it; the last good checkpoint is {kept}")
 
-# %% ../nbs/03b_training.ipynb #a1a5c096
+# %% ../nbs/03b_training.ipynb #73ec4a39
 class _Book(pl.Callback):
     def __init__(self, run_dir, plan, start, every, guard):
         self.path, self.plan, self.start, self.every, self.guard, self.bar = Path(run_dir, "log.csv"), plan, start, every, guard, None
@@ -271,7 +271,7 @@ def _cut(path, step):
     kept = [r for r in rows if r.endswith("\n") and r.count(",") == 2 and int(r.split(",")[0]) <= step]
     with atomic_write(path) as f: f.write_text("".join(["step,name,value\n", *kept]))
 
-# %% ../nbs/03b_training.ipynb #fa03296b
+# %% ../nbs/03b_training.ipynb #a71d8d24
 def _numbers(trainer, of_validation):
     return {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val") == of_validation}
 
@@ -286,7 +286,7 @@ def on_train_batch_end(self: _Book, trainer, task, outputs, batch, batch_idx):
 @patch
 def on_validation_end(self: _Book, trainer, task): self.write(trainer, _numbers(trainer, True))
 
-# %% ../nbs/03b_training.ipynb #56c66bc8
+# %% ../nbs/03b_training.ipynb #72216484
 class _Keep(Checkpoint):
     def __init__(self, run_dir, plan, start, config):
         self.dir, self.plan, self.config, self.step, self.saved, self.best, self.finished = Path(run_dir), plan, config, start, start or None, None, False
@@ -296,7 +296,7 @@ class _Keep(Checkpoint):
         for c in trainer.lr_scheduler_configs:
             if c.interval != "step" or c.reduce_on_plateau: raise EmocaError('learning rates are scheduled by steps here: {"scheduler": ..., "interval": "step"}')
 
-# %% ../nbs/03b_training.ipynb #901c8d05
+# %% ../nbs/03b_training.ipynb #29d0c1ba
 @patch
 def on_train_batch_start(self: _Keep, trainer, task, batch, batch_idx):
     self.step, part = divmod(batch_idx, self.plan.accumulate)
@@ -324,7 +324,7 @@ def save(self: _Keep,
     if trainer.is_global_zero:
         for old in sorted(self.dir.glob("checkpoints/step-*.ckpt"))[:-2]: old.unlink()
 
-# %% ../nbs/03b_training.ipynb #318e0798
+# %% ../nbs/03b_training.ipynb #b3704bdd
 @patch
 def on_validation_end(self: _Keep, trainer, task):
     numbers = _numbers(trainer, True)
@@ -336,11 +336,11 @@ def on_validation_end(self: _Keep, trainer, task):
     self.best = {"value": value, "step": self.step, "numbers": numbers}
     if trainer.is_global_zero: save_checkpoint(self.best | {"state_dict": _Files(task)._kept(task.state_dict())}, self.dir / "best.ckpt")
 
-# %% ../nbs/03b_training.ipynb #2134b4a2
+# %% ../nbs/03b_training.ipynb #d29f24ee
 def _finish(run_dir, step, plan, best):
     with atomic_write(run_dir / "result.json") as f: f.write_text(json.dumps(dict(steps=step, early=step < plan.steps, best=best)))
 
-# %% ../nbs/03b_training.ipynb #4b6c148f
+# %% ../nbs/03b_training.ipynb #a1c67799
 class _Loaders(pl.LightningDataModule):
     def __init__(self, train, val, plan, config, start):
         super().__init__()
@@ -359,7 +359,7 @@ def _like(loader, data, **how):
     if loader.num_workers: how |= dict(prefetch_factor=loader.prefetch_factor, persistent_workers=True, multiprocessing_context=loader.multiprocessing_context)
     return DataLoader(data, num_workers=loader.num_workers, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn, **how)
 
-# %% ../nbs/03b_training.ipynb #b69e7cfa
+# %% ../nbs/03b_training.ipynb #621b20f6
 def _where(config):
     "What Lightning's Trainer wants to know of the machine, and the number of processes."
     device, devices, nodes = pick_device(config.device), config.devices, config.nodes
@@ -374,7 +374,7 @@ def _where(config):
     use = [device.index or 0] if on_gpu and world == 1 else devices
     return dict(accelerator="gpu" if on_gpu else device.type, devices=use, num_nodes=nodes, strategy=strategy, precision=precision), world
 
-# %% ../nbs/03b_training.ipynb #d387fd4c
+# %% ../nbs/03b_training.ipynb #d5c699ba
 @contextmanager
 def _quiet():
     "Lightning without its hints."
@@ -388,7 +388,7 @@ def _quiet():
         finally:
             for log, level in zip(logs, levels): log.setLevel(level)
 
-# %% ../nbs/03b_training.ipynb #b19de8f3
+# %% ../nbs/03b_training.ipynb #d61694c8
 def gather(
     task: pl.LightningModule,  # in a validation
     rows: Tensor,  # (n,...) one for each item that this process saw
@@ -401,7 +401,16 @@ def gather(
     for rank, part in enumerate(parts): out[rank::len(parts)] = part
     return out
 
-# %% ../nbs/03b_training.ipynb #602753e2
+# %% ../nbs/03b_training.ipynb #590f1844
+@contextmanager
+def _interruptible():
+    "Ctrl-C works afterwards as it did before."
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    before = signal.getsignal(signal.SIGINT)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+# %% ../nbs/03b_training.ipynb #925be225
 def _identity(task, train, val, config, world, about):
     "What makes a run this run, as JSON."
     count = lambda trained: sum(p.numel() for p in task.parameters() if p.requires_grad or not trained)
@@ -412,7 +421,7 @@ def _identity(task, train, val, config, world, about):
     flat = {f"{part}: {k}": v for part, values in parts.items() for k, v in values.items()}
     return json.loads(json.dumps(flat, default=str))
 
-# %% ../nbs/03b_training.ipynb #2b6d71de
+# %% ../nbs/03b_training.ipynb #90502c4b
 def _claim(run_dir, mine):
     "Make the folder this run's, or `EmocaError` if it is another's."
     path = run_dir / "config.json"
@@ -423,7 +432,7 @@ def _claim(run_dir, mine):
     if not path.exists():
         with atomic_write(path) as f: f.write_text(json.dumps(mine, indent=1))
 
-# %% ../nbs/03b_training.ipynb #6c087ac4
+# %% ../nbs/03b_training.ipynb #809ab1d4
 @dataclass(frozen=True)
 class Result:
     "What a finished run gave."
@@ -439,7 +448,7 @@ def _result(run_dir, task):
     task.load_state_dict(task.state_dict() | state if getattr(task, "unsaved", ()) else state)
     return Result(run_dir, **found, task=task.cpu().eval())
 
-# %% ../nbs/03b_training.ipynb #a516c2ec
+# %% ../nbs/03b_training.ipynb #0b987a7e
 def _trainer(config, todo, where, callbacks, task, val, run_dir):
     with _quiet():
         return pl.Trainer(**where, max_epochs=1, callbacks=callbacks, plugins=[_Files(task)], logger=False, default_root_dir=run_dir,
@@ -452,7 +461,7 @@ def _callbacks(config, todo, start, run_dir, val):
     stopper = [EarlyStopping(config.monitor, mode=config.mode, **patience)] if config.patience and val else []
     return [_Draws(config.seed), guard, *stopper, _Book(run_dir, todo, start, config.log_every, guard), _Keep(run_dir, todo, start, config)]
 
-# %% ../nbs/03b_training.ipynb #932483cb
+# %% ../nbs/03b_training.ipynb #4276d408
 def _train(task, train, val, run_dir, config, where, world):
     _, n, size = order_of(train)
     todo, (path, found) = plan(config, n, size, world), newest_checkpoint(run_dir)
@@ -463,10 +472,10 @@ def _train(task, train, val, run_dir, config, where, world):
     if config.channels_last or config.channels_last is None and where["accelerator"] == "gpu": task.to(memory_format=torch.channels_last)
     trainer = _trainer(config, todo, where, _callbacks(config, todo, step, run_dir, val), task, val, run_dir)
     try:
-        with _quiet(): trainer.fit(task, datamodule=_Loaders(train, val, todo, config, step), ckpt_path=path if step else None)
+        with _quiet(), _interruptible(): trainer.fit(task, datamodule=_Loaders(train, val, todo, config, step), ckpt_path=path if step else None)
     except SystemExit: raise KeyboardInterrupt(f"stopped after step {trainer.global_step}; the same call continues from the last checkpoint in {run_dir}") from None
 
-# %% ../nbs/03b_training.ipynb #1eaee4c3
+# %% ../nbs/03b_training.ipynb #400ee29f
 def fit(
     task,  # LightningModule, or a function without arguments that makes one
     train: DataLoader,  # what to train on: data set, batch size of one process, sampler, collation, workers
@@ -484,7 +493,7 @@ def fit(
     if not (run_dir / "result.json").exists(): _train(task, train, val, run_dir, config, where, world)
     return _result(run_dir, task)
 
-# %% ../nbs/03b_training.ipynb #56af38b0
+# %% ../nbs/03b_training.ipynb #ab656b79
 def history(
     run_dir,  # folder of a run
 ) -> pd.DataFrame:  # a row for each logged step, a column for each name, NaN where it was not logged
@@ -493,7 +502,7 @@ def history(
     if not path.exists(): raise EmocaError(f"{run_dir} holds no log.csv, so no run")
     return pd.read_csv(path).pivot(index="step", columns="name", values="value")
 
-# %% ../nbs/03b_training.ipynb #475fb824
+# %% ../nbs/03b_training.ipynb #6807ca37
 def curves(
     run_dir,  # folder of a run
     names=None,  # what to draw beside the loss; None: all that was validated

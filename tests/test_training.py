@@ -352,6 +352,7 @@ def test_interrupted_run_continues(tmp_path):
                 raise KeyboardInterrupt
             return super().training_step(batch, i)
     with pytest.raises(KeyboardInterrupt, match="the same call continues from the last checkpoint"): fit(Stopped, *loaders(), tmp_path / "run", CONFIG)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     stopped = fit(Stopped, *loaders(), tmp_path / "run", CONFIG)
     straight = fit(Stopped, *loaders(), tmp_path / "straight", CONFIG)
     assert same(stopped.task.state_dict(), straight.task.state_dict())
