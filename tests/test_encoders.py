@@ -209,7 +209,7 @@ def test_missing_surplus_and_misshapen_are_listed(parts, tmp_path):
     with pytest.raises(BadFile, match=rf"2 missing \({first}, {bias}\)"): load_released(spoiled(path, state, **{first: None, bias: None}))
     with pytest.raises(BadFile, match=r"2 surplus \(deca.E_flame.encoder.conv2.weight, deca.E_new.bias\)"):
         load_released(spoiled(path, state, **{"deca.E_flame.encoder.conv2.weight": torch.ones(1), "deca.E_new.bias": torch.ones(1)}))
-    with pytest.raises(BadFile, match=r"1 misshapen \(E_flame.layers.2.bias \(235,\) in place of \(236,\)\)"): load_released(spoiled(path, state, **{bias: torch.ones(235)}))
+    with pytest.raises(BadFile, match=r"1 misshapen \(deca.E_flame.layers.2.bias \(235,\) in place of \(236,\)\)"): load_released(spoiled(path, state, **{bias: torch.ones(235)}))
     with pytest.raises(BadFile, match="not finite"): load_released(spoiled(path, state, **{bias: torch.full((236,), torch.nan)}))
     with pytest.raises(BadFile, match="outputs, found 51"): load_released(spoiled(path, state, **{"deca.E_expression.layers.2.weight": torch.ones(51, 1024)}))
     counters = {k: None for k in state if k.endswith("num_batches_tracked")}

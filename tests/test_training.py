@@ -351,6 +351,7 @@ def test_interrupted_run_continues(tmp_path):
                 (tmp_path / "once").touch()
                 raise KeyboardInterrupt
             return super().training_step(batch, i)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt, match="the same call continues from the last checkpoint"): fit(Stopped, *loaders(), tmp_path / "run", CONFIG)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     stopped = fit(Stopped, *loaders(), tmp_path / "run", CONFIG)
