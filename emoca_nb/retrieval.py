@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Space', 'fingerprint', 'feature_space', 'affect_space', '
            'class_measures', 'affect_measures', 'identity_measures', 'judge', 'interval', 'summary', 'per_class',
            'neighbour_sheet', 'FaceStrip', 'embed_picture', 'FaceBrowser', 'aff_wild2_both']
 
-# %% ../nbs/09_retrieval.ipynb #682f4d3a
+# %% ../nbs/09_retrieval.ipynb #160bed03
 import base64, hashlib, html, io, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .encoders import Encoders
 from .faces import detect, read_image
 from .open_head import EMOTIONS
 
-# %% ../nbs/09_retrieval.ipynb #864cfe12
+# %% ../nbs/09_retrieval.ipynb #2f486c92
 @dataclass(frozen=True)
 class Space:
     "A way to give faces a place."
@@ -33,7 +33,7 @@ class Space:
     embed: Callable  # Batch -> (B,D) tensor; NaN where a face has no place
     pictures: bool = True  # False: labels are enough
 
-# %% ../nbs/09_retrieval.ipynb #db216858
+# %% ../nbs/09_retrieval.ipynb #7d717404
 def fingerprint(
     *parts,  # modules, arrays, and anything that json can write
 ) -> str:
@@ -46,7 +46,7 @@ def fingerprint(
             h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/09_retrieval.ipynb #7849ead7
+# %% ../nbs/09_retrieval.ipynb #1d701a90
 def _says(name, net, pick, device):
     "A space of a network's outputs"
     device, mark = pick_device(device), fingerprint(net, [net.name, net.size, net.antialias, net.classes])
@@ -55,7 +55,7 @@ def _says(name, net, pick, device):
         with torch.inference_mode(): return pick(net, batch.image.to(device, memory_format=torch.channels_last)).float().cpu()
     return Space(name, f"{name} {mark}", embed)
 
-# %% ../nbs/09_retrieval.ipynb #724977da
+# %% ../nbs/09_retrieval.ipynb #5752e6df
 def feature_space(
     net: EmotionNet,  # the network
     name: str = "feature",  # in tables and menus
@@ -73,7 +73,7 @@ def affect_space(
     "What a network says of valence and arousal."
     return _says(name, net, lambda net, x: torch.stack(net(x)[1:3], 1), device)
 
-# %% ../nbs/09_retrieval.ipynb #ad7729ae
+# %% ../nbs/09_retrieval.ipynb #0043c175
 def label_space(
     name: str = "valence, arousal (labels)",  # in tables and menus
 ) -> Space:
@@ -89,7 +89,7 @@ def given_space(
     known = torch.as_tensor(np.asarray(vectors, np.float32))
     return Space(name, f"{name} {fingerprint(known)}", lambda batch: known[batch.index], pictures=False)
 
-# %% ../nbs/09_retrieval.ipynb #c1122859
+# %% ../nbs/09_retrieval.ipynb #3b84a146
 def codes_space(
     encoders: Encoders,  # a picture to codes
     name: str = "expression codes",  # in tables and menus
@@ -106,7 +106,7 @@ def codes_space(
         return torch.cat([codes.exp, codes.jaw], 1).float().cpu()
     return Space(name, f"{name} {mark}", embed)
 
-# %% ../nbs/09_retrieval.ipynb #f6ea0ea7
+# %% ../nbs/09_retrieval.ipynb #7901cf37
 _FORMAT = "emoca_nb index 1"
 _NUMBERS = "row", "group", "person"
 _ROWS = 1 << 16  # at a time, where labels are enough
@@ -131,7 +131,7 @@ def _batches(faces, space, start, batch, workers):
         rows = np.arange(a, min(a + _ROWS, len(faces)))
         yield rows[-1] + 1, _labels_only(faces, rows)
 
-# %% ../nbs/09_retrieval.ipynb #a53b3811
+# %% ../nbs/09_retrieval.ipynb #1b8357bd
 def _labels_only(faces, rows):
     "A batch without pictures"
     known = {name: torch.as_tensor(getattr(faces, name)[rows]) for name in ("expression", "valence", "arousal")}
@@ -145,7 +145,7 @@ def _json(path):
     if not isinstance(out, dict) or out.get("format") != _FORMAT: raise BadFile(path, f"a json object of format {_FORMAT!r}", f"{str(out):.60}")
     return out
 
-# %% ../nbs/09_retrieval.ipynb #680aca07
+# %% ../nbs/09_retrieval.ipynb #6cc6961c
 def _same(path, there, about):
     "Refuse an index of another space or other faces"
     for key, what in (("fingerprint", "of the space"), ("faces", "of faces and labels with the mark")):
@@ -168,7 +168,7 @@ def _resume(folder, about):
             f.truncate(size)
     return state
 
-# %% ../nbs/09_retrieval.ipynb #64e8d5bd
+# %% ../nbs/09_retrieval.ipynb #37653c6d
 def _append(file, array):
     "Write behind the end of a file, down to the disk"
     with open(file, "ab") as f:
@@ -191,7 +191,7 @@ def _embed_all(faces, space, folder, state, batch, workers):
         state |= dict(done=int(done), kept=state["kept"] + int(good.sum()), width=width)
         with atomic_write(folder / "building.json") as f: f.write_text(json.dumps(state))
 
-# %% ../nbs/09_retrieval.ipynb #6f24fd2c
+# %% ../nbs/09_retrieval.ipynb #e78e484f
 def build_index(
     faces: FaceDataset,  # what to search later
     space: Space,  # where they lie
@@ -212,7 +212,7 @@ def build_index(
     for name in ("rows.i64", "building.json"): (folder / name).unlink()
     return open_index(folder)
 
-# %% ../nbs/09_retrieval.ipynb #812d1ede
+# %% ../nbs/09_retrieval.ipynb #cf00b9ec
 class FaceIndex:
     "Vectors of faces in a file, with their labels."
     def __init__(
@@ -228,7 +228,7 @@ class FaceIndex:
     def __len__(self): return len(self.features)
     def __repr__(self): return f"{self.about['data']} by {self.about['space']}: {len(self)} faces x {self.features.shape[1]}"
 
-# %% ../nbs/09_retrieval.ipynb #0a405f1a
+# %% ../nbs/09_retrieval.ipynb #b339af1c
 def _table(path, n):
     "The labels of an index"
     try: table = pd.read_csv(path, dtype=dict(path=str, identity=str, video=str))
@@ -241,7 +241,7 @@ def _table(path, n):
     if wrong: raise BadFile(path, "rows and groups from 0, classes up to 7", "other numbers")
     return table
 
-# %% ../nbs/09_retrieval.ipynb #7f882269
+# %% ../nbs/09_retrieval.ipynb #67bb5c28
 def open_index(
     folder,  # of `build_index`
     space: Space | None = None,  # it must be an index of this space
@@ -257,7 +257,7 @@ def open_index(
     if bytes_there != 4 * n * width: raise BadFile(file, f"{n} x {width} numbers, {4 * n * width} bytes", f"{bytes_there} bytes")
     return FaceIndex(folder, about, np.memmap(file, "<f4", "r", shape=(n, width)), _table(folder / "table.csv", n))
 
-# %% ../nbs/09_retrieval.ipynb #66bdf2a9
+# %% ../nbs/09_retrieval.ipynb #8b4f64eb
 METRICS = ("l2", "cosine")
 
 
@@ -278,14 +278,14 @@ def vectors(
             for a in range(0, shape[0], 1 << 15): f.write(_unit(self.features[a:a + (1 << 15)]).astype("<f4").tobytes())
     return np.memmap(path, "<f4", "r", shape=shape)
 
-# %% ../nbs/09_retrieval.ipynb #023203b2
+# %% ../nbs/09_retrieval.ipynb #ee63ead8
 def _distances(found, metric):
     "FAISS's squared distances, or inner products, as distances; inf where nothing was found"
     values, rows = found
     out = np.sqrt(np.maximum(values, 0)) if metric == "l2" else 1 - values
     return np.where(rows < 0, np.inf, out).astype(np.float32), rows
 
-# %% ../nbs/09_retrieval.ipynb #05af3f56
+# %% ../nbs/09_retrieval.ipynb #40db3273
 @patch
 def _queries(self: FaceIndex, x, metric):
     "Queries as FAISS takes them"
@@ -294,7 +294,7 @@ def _queries(self: FaceIndex, x, metric):
     if not np.isfinite(x).all(): raise EmocaError("a query has no place in this space: some of its numbers are not finite")
     return _unit(x) if metric == "cosine" else x
 
-# %% ../nbs/09_retrieval.ipynb #8b1818ab
+# %% ../nbs/09_retrieval.ipynb #41eb7081
 @patch
 def search(
     self: FaceIndex,
@@ -309,7 +309,7 @@ def search(
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     return _distances(faiss.knn(x, self.vectors(metric), k, metric=kind), metric)
 
-# %% ../nbs/09_retrieval.ipynb #af4d5b4b
+# %% ../nbs/09_retrieval.ipynb #8e6fe793
 def one_per_group(
     groups: np.ndarray,  # (Q,C) group of each candidate, nearest first; -1: none
     own: np.ndarray,  # (Q,) group of the query, which does not count; -1: none
@@ -327,7 +327,7 @@ def one_per_group(
     place = np.where(np.take_along_axis(first, place, 1), place, -1)
     return np.pad(place, ((0, 0), (0, k - place.shape[1])), constant_values=-1)
 
-# %% ../nbs/09_retrieval.ipynb #505ba333
+# %% ../nbs/09_retrieval.ipynb #0fa3669f
 @dataclass(frozen=True)
 class Neighbours:
     "What was found for Q queries."
@@ -336,7 +336,7 @@ class Neighbours:
 
     def __len__(self): return len(self.number)
 
-# %% ../nbs/09_retrieval.ipynb #6b9b0cbc
+# %% ../nbs/09_retrieval.ipynb #fd198c1b
 @patch
 def neighbours(
     self: FaceIndex,
@@ -347,6 +347,7 @@ def neighbours(
     **how,  # metric and probes of `search`
 ) -> Neighbours:
     "The nearest faces of different videos."
+    if k < 1 or candidates is not None and candidates < 1: raise EmocaError(f"{k} neighbours from {candidates} candidates: ask for at least one")
     own = np.full(len(np.atleast_2d(x)), -1) if own is None else np.asarray(own)
     most = np.bincount(self.group)
     wanted = candidates or 100
@@ -358,7 +359,7 @@ def neighbours(
     take = lambda values, absent: np.where(place < 0, absent, np.take_along_axis(values, np.maximum(place, 0), 1))
     return Neighbours(take(number, -1), take(distance, np.float32(np.inf)))
 
-# %% ../nbs/09_retrieval.ipynb #00e9d18e
+# %% ../nbs/09_retrieval.ipynb #fafd18df
 @patch
 def of(
     self: FaceIndex,
@@ -369,7 +370,7 @@ def of(
     number = np.asarray(number)
     return self.neighbours(self.features[number], own=self.group[number], **how)
 
-# %% ../nbs/09_retrieval.ipynb #c408401d
+# %% ../nbs/09_retrieval.ipynb #6350729a
 @patch
 def build_lists(
     self: FaceIndex,
@@ -392,7 +393,7 @@ def build_lists(
     self.lists.pop(metric, None)
     return path
 
-# %% ../nbs/09_retrieval.ipynb #94653ed1
+# %% ../nbs/09_retrieval.ipynb #c547aa82
 @patch
 def _approximate(self: FaceIndex, metric):
     "The approximate index, mapped from its file"
@@ -414,7 +415,7 @@ def recall(
     "Share of the exact neighbours that were found."
     return float(np.mean([np.isin(e[e >= 0], f).mean() for f, e in zip(found, exact)]))
 
-# %% ../nbs/09_retrieval.ipynb #7d71d739
+# %% ../nbs/09_retrieval.ipynb #711f7261
 def _shares(labels, group):
     "For (query label, query group): the mean share of a label over all other groups, and how many of them have it"
     known = labels >= 0
@@ -429,7 +430,7 @@ def _shares(labels, group):
         return (total.get(l, 0) - own(l, g, share)) / (groups - 1), has.get(l, 0) - ((l, g) in count.index)
     return ask
 
-# %% ../nbs/09_retrieval.ipynb #d53db3fc
+# %% ../nbs/09_retrieval.ipynb #c124e527
 def _gain(relevant):
     "Discounted gain of (Q,k) hits"
     return (relevant / np.log2(np.arange(relevant.shape[1]) + 2)).sum(1)
@@ -451,7 +452,7 @@ def class_measures(
     measures = dict(precision=(hit.mean(1), 1.0), ndcg=(_gain(hit), _gain(best)), best=(best.mean(1), 1.0), chance=(chance, 1.0))
     return pd.DataFrame({name: ratio(*of) for name, of in measures.items()})
 
-# %% ../nbs/09_retrieval.ipynb #6d1589f4
+# %% ../nbs/09_retrieval.ipynb #e69670f6
 def affect_measures(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -481,7 +482,7 @@ def identity_measures(
     says = (chance > 0) & there.any(1)
     return pd.DataFrame(dict(same_person=np.where(says, same, np.nan), same_chance=np.where(says, chance, np.nan)))
 
-# %% ../nbs/09_retrieval.ipynb #dc130139
+# %% ../nbs/09_retrieval.ipynb #d27e3ea8
 def judge(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -507,7 +508,7 @@ def interval(
     picks = parts[np.random.default_rng(seed).integers(len(parts), size=(draws, len(parts)))].sum(1)
     return tuple(np.quantile(picks[:, 0] / picks[:, 1], [0.025, 0.975]).tolist())
 
-# %% ../nbs/09_retrieval.ipynb #49481852
+# %% ../nbs/09_retrieval.ipynb #76f69516
 def summary(
     judged: pd.DataFrame,  # of `judge`
 ) -> pd.Series:
@@ -525,7 +526,7 @@ def per_class(
     by = judged[judged.expression >= 0].groupby("expression")[column].mean()
     return by.rename(index=dict(enumerate(EMOTIONS))).rename(column)
 
-# %% ../nbs/09_retrieval.ipynb #76874ace
+# %% ../nbs/09_retrieval.ipynb #6ab6e756
 def _small(picture, size):
     "A picture (3,H,W) as a square"
     return nn.functional.interpolate(picture[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
@@ -533,7 +534,8 @@ def _small(picture, size):
 
 def _caption(index, i, distance=None):
     e = int(index.table.expression.iat[i])
-    return " ".join([EMOTIONS[e] if e >= 0 else ""] + ([] if distance is None else [f"{distance:.2g}"])).strip()
+    far = "" if distance is None else f"{distance:.2f}" if distance < 10 else f"{distance:.0f}"
+    return f"{EMOTIONS[e] if e >= 0 else ''} {far}".strip()
 
 
 def neighbour_sheet(
@@ -553,7 +555,7 @@ def neighbour_sheet(
             titles += [_caption(index, i, d) if i >= 0 else "" for i, d in zip(near.number[q], near.distance[q])]
     return contact_sheet(torch.stack(pictures), first[2].number.shape[1] + 1, titles, **options)
 
-# %% ../nbs/09_retrieval.ipynb #86ca1791
+# %% ../nbs/09_retrieval.ipynb #c1bf5966
 class FaceStrip(anywidget.AnyWidget):
     "Pictures in a row that can be clicked."
     faces = traitlets.List().tag(sync=True)  # of dicts: src (data URI), text, tip
@@ -605,7 +607,7 @@ class FaceStrip(anywidget.AnyWidget):
         number = said.get("clicked") if isinstance(said, dict) else None
         if type(number) is int and 0 <= number < len(self.faces): self.picked(number)
 
-# %% ../nbs/09_retrieval.ipynb #eaaf7ae3
+# %% ../nbs/09_retrieval.ipynb #485ee98d
 def _uri(picture):
     "A picture (3,H,W) in [0,1] as a data URI"
     file = io.BytesIO()
@@ -630,7 +632,7 @@ def embed_picture(
     batch = collate([Sample((crop * 255).round().byte(), "the picture")]).to("cpu")
     return space.embed(batch)[0].numpy(), crop, note
 
-# %% ../nbs/09_retrieval.ipynb #95f97551
+# %% ../nbs/09_retrieval.ipynb #4dcd48ee
 class FaceBrowser(W.VBox):
     "Faces, and those that lie next to them."
     def __init__(
@@ -649,7 +651,7 @@ class FaceBrowser(W.VBox):
         self.others()
         self.ask(self.offered[0])
 
-# %% ../nbs/09_retrieval.ipynb #40c4fb9c
+# %% ../nbs/09_retrieval.ipynb #cb20b353
 @patch
 def controls(self: FaceBrowser):
     "Menus, buttons, strips and the line of text"
@@ -666,7 +668,7 @@ def controls(self: FaceBrowser):
     self.offer, self.near = FaceStrip(lambda i: self.ask(self.offered[i])), FaceStrip(lambda i: self.ask(self.listed[i]))
     self.query, self.said = FaceStrip(layout=W.Layout(flex="0 0 110px")), W.HTML()
 
-# %% ../nbs/09_retrieval.ipynb #fa72c045
+# %% ../nbs/09_retrieval.ipynb #4fa60474
 @patch
 def _face(self: FaceBrowser, row, text):
     "A face of the data set as an entry of a strip"
@@ -684,7 +686,7 @@ def others(self: FaceBrowser):
     self.offer.faces = [self._face(row, "") for row in self.offered]
     if not len(rows): self.say(f"no face is {self.emotion.value}")
 
-# %% ../nbs/09_retrieval.ipynb #d842b727
+# %% ../nbs/09_retrieval.ipynb #a7284e5f
 @patch
 def ask(
     self: FaceBrowser,
@@ -715,7 +717,7 @@ def say(
     "Write into the line of text."
     self.said.value = f"<span style='color:{'#b00' if bad else 'inherit'}'>{html.escape(text)}</span>"
 
-# %% ../nbs/09_retrieval.ipynb #3a0c298a
+# %% ../nbs/09_retrieval.ipynb #8e9692db
 @patch
 def _place(self: FaceBrowser, index):
     "Vector, group and picture of the query, and a remark"
@@ -744,7 +746,7 @@ def show(self: FaceBrowser):
     self.near.faces = [self._face(row, caption) for row, caption in zip(self.listed, captions)]
     self.say(note or f"{len(there)} neighbours from different videos among {len(index)} faces, by {self.space.value}")
 
-# %% ../nbs/09_retrieval.ipynb #b7cba0b5
+# %% ../nbs/09_retrieval.ipynb #6b4d95e9
 @patch
 def _repr_mimebundle_(self: FaceBrowser, **kwargs):
     pixels = lambda face: torch.from_numpy(read_image(base64.b64decode(face["src"].split(",")[1]))).permute(2, 0, 1) / 255
@@ -752,7 +754,7 @@ def _repr_mimebundle_(self: FaceBrowser, **kwargs):
     still = contact_sheet(torch.stack([_small(pixels(f), 72) for f in strips]), len(strips), ["query", *(f["text"] for f in self.near.faces)], 75)
     return W.VBox._repr_mimebundle_(self, **kwargs) | {"image/jpeg": base64.b64encode(still.data).decode()}
 
-# %% ../nbs/09_retrieval.ipynb #75f89039
+# %% ../nbs/09_retrieval.ipynb #f0ae9a2b
 def _aff_wild_labels(root, task, splits):
     "Labels of a task by path, of the splits that are there"
     there, last = [], None
