@@ -872,6 +872,7 @@ COMMANDS = { # name: the function, what it does
     "settings": ("emoca_nb.core:settings_command", "the settings in force, and where each comes from"),
     "check-data": ("emoca_nb.data:check_data_command", "what is wrong with the pictures and labels of a data set"),
     "synthesize": ("emoca_nb.synthetic:synthesize_command", "draw a data set of faces with ground truth"),
+    "train-coarse": ("emoca_nb.train_coarse:train_coarse_command", "train DECA's or EMOCA's coarse stage from a file of parameters"),
     "reconstruct": ("emoca_nb.reconstruct:reconstruct_command", "turn photographs into animatable 3D heads"),
 }
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'LAYOUTS', 'RELEASED', 'SHAKEN', 'EmotionConfig', 'Emotion', 'split_head', 'EmotionNet', 'EmoNetBackbone',
-           'Network', 'Layout', 'file_key', 'fill', 'best_checkpoint', 'save_emotion_net', 'trained_here',
+           'Network', 'Layout', 'file_key', 'fill', 'best_checkpoint', 'save_emotion_net', 'trained_here', 'packaged',
            'load_emotion_net', 'emotion_net', 'pcc', 'ccc', 'icc31', 'affect_metrics', 'confusion', 'class_metrics',
            'emotion_metrics', 'loss_terms', 'shake', 'EmotionLoss', 'smooth_emotion', 'emotion_data', 'EmotionTask',
            'run_folder', 'train_emotion', 'predict', 'evaluate_emotion']
 
-# %% ../nbs/04_emotion_net.ipynb #aa17b8a7
+# %% ../nbs/04_emotion_net.ipynb #89912da6
 import hashlib, json, math, re
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -24,11 +24,11 @@ from .core import AssetMissing, BadFile, EmocaError, asset, atomic_write, expect
 from .data import CLASSES, Augment, BalancedSampler, FaceDataset, affectnet, balanced_weights, class_index, facial_expressions, loader
 from .flame import open_head_path
 from .open_head import EMOTIONS
-from .synthetic import VERSION as _WORLD, synthesize
+from .synthetic import synthesize, world_mark
 from .training import Result, RunConfig, fit
 from lightning.pytorch import LightningModule
 
-# %% ../nbs/04_emotion_net.ipynb #892f94c1
+# %% ../nbs/04_emotion_net.ipynb #b2bbecd3
 @dataclass(frozen=True)
 class EmotionConfig:
     "A training of an emotion network."
@@ -53,7 +53,7 @@ class EmotionConfig:
     devices: int = 1  # of them
     keep: bool = False  # leave the network where `load_emotion_net` finds it
 
-# %% ../nbs/04_emotion_net.ipynb #1e910e94
+# %% ../nbs/04_emotion_net.ipynb #9ed66ae0
 class Emotion(NamedTuple):
     "What a network says about B pictures."
     expression: Tensor  # (B,C) logits
@@ -69,7 +69,7 @@ def split_head(
     "Name the columns of the last layer."
     return Emotion(outputs[:, :-2].float(), outputs[:, -2].float(), outputs[:, -1].float(), feature.float())
 
-# %% ../nbs/04_emotion_net.ipynb #2752b629
+# %% ../nbs/04_emotion_net.ipynb #63cdef20
 class EmotionNet(nn.Module):
     "Pictures (B,3,H,W) in [0,1] to `Emotion`."
     def __init__(
@@ -89,7 +89,7 @@ class EmotionNet(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
-# %% ../nbs/04_emotion_net.ipynb #5e42b199
+# %% ../nbs/04_emotion_net.ipynb #5019e19f
 @patch
 def prepare(
     self: EmotionNet,
@@ -100,7 +100,7 @@ def prepare(
         images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False, antialias=self.antialias)
     return ((images - self.mean) / self.std).to(self.mean.dtype)
 
-# %% ../nbs/04_emotion_net.ipynb #28e8aade
+# %% ../nbs/04_emotion_net.ipynb #23cec506
 @patch
 def features(
     self: EmotionNet,
@@ -119,7 +119,7 @@ def forward(
     feature = self.backbone(self.prepare(images))
     return split_head(self.head(feature), feature)
 
-# %% ../nbs/04_emotion_net.ipynb #96c805f9
+# %% ../nbs/04_emotion_net.ipynb #257228bf
 @patch
 def freeze(self: EmotionNet) -> EmotionNet:
     "Make it an instrument: evaluation mode for good, no gradients to weights."
@@ -135,7 +135,7 @@ def train(
     "Training mode, unless frozen."
     return nn.Module.train(self, mode and not self.frozen)
 
-# %% ../nbs/04_emotion_net.ipynb #9b5d3e5d
+# %% ../nbs/04_emotion_net.ipynb #0c5f2cd9
 def _resnet50(caffe):
     "ResNet-50 without its classifier"
     net = torchvision.models.resnet50(weights=None)
@@ -145,7 +145,7 @@ def _resnet50(caffe):
         for stage in (net.layer2, net.layer3, net.layer4): stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
     return net
 
-# %% ../nbs/04_emotion_net.ipynb #fcc91bd1
+# %% ../nbs/04_emotion_net.ipynb #ea3b5e79
 class _Block(nn.Module):
     "Pre-activated convolutions whose three results lie side by side, beside a shortcut"
     def __init__(self, n_in, n_out):
@@ -163,7 +163,7 @@ class _Block(nn.Module):
         c = self.conv3(F.relu(self.bn3(b)))
         return torch.cat([a, b, c], 1) + (x if self.downsample is None else self.downsample(x))
 
-# %% ../nbs/04_emotion_net.ipynb #d966c664
+# %% ../nbs/04_emotion_net.ipynb #c81e4be9
 class _Hourglass(nn.Module):
     "Down by `depth` halvings and up again, with a shortcut at each"
     def __init__(self, depth=4, width=256, pool=F.max_pool2d):
@@ -179,7 +179,7 @@ class _Hourglass(nn.Module):
         low = self.forward(low, level - 1) if level > 1 else self.b2_plus_1(low)
         return block("b1")(x) + F.interpolate(block("b3")(low), scale_factor=2, mode="nearest")
 
-# %% ../nbs/04_emotion_net.ipynb #730ac7cb
+# %% ../nbs/04_emotion_net.ipynb #bbe450fc
 class EmoNetBackbone(nn.Module):
     "EmoNet up to its feature: pictures (B,3,256,256) to (B,256)."
     def __init__(
@@ -198,7 +198,7 @@ class EmoNetBackbone(nn.Module):
         self.conv1x1_input_emo_2 = nn.Conv2d(768, 256, 1)
         self.emo_net_2 = nn.Sequential(*(part for _ in range(4) for part in (_Block(256, 256), nn.MaxPool2d(2))))
 
-# %% ../nbs/04_emotion_net.ipynb #0aa45902
+# %% ../nbs/04_emotion_net.ipynb #fcdf4b86
 @patch
 def attend(
     self: EmoNetBackbone,
@@ -224,7 +224,7 @@ def forward(
     "EmoNet's feature."
     return self.emo_net_2(self.conv1x1_input_emo_2(self.attend(images)[0])).mean((2, 3))
 
-# %% ../nbs/04_emotion_net.ipynb #169798f2
+# %% ../nbs/04_emotion_net.ipynb #e593e5ac
 @dataclass(frozen=True)
 class Network:
     "How a network of this name is made"
@@ -251,7 +251,7 @@ NETWORKS = {
     )},
 }
 
-# %% ../nbs/04_emotion_net.ipynb #78be872c
+# %% ../nbs/04_emotion_net.ipynb #19944af2
 def _head(name, width, classes):
     if not name.startswith("emonet"): return nn.Linear(width, classes + 2)
     return nn.Sequential(nn.Linear(width, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, classes + 2))
@@ -269,7 +269,7 @@ def _build(name, classes=None, size=None):
     cfg = timm.get_pretrained_cfg(n.timm) if n.timm else None
     return EmotionNet(name, n.make(), _head(name, n.width, classes), classes, size or n.size, cfg and (cfg.mean, cfg.std), antialias=bool(size))
 
-# %% ../nbs/04_emotion_net.ipynb #4356112a
+# %% ../nbs/04_emotion_net.ipynb #8f5cb1f0
 @dataclass(frozen=True)
 class Layout:
     "How a file names the tensors of a network"
@@ -285,7 +285,7 @@ LAYOUTS = {  # the first whose own names occur in the file holds
     "emonet": (Layout("", "emo_fc_2."),),
 }
 
-# %% ../nbs/04_emotion_net.ipynb #95dfe666
+# %% ../nbs/04_emotion_net.ipynb #c09f02e0
 def _layout(name, keys):
     choices = LAYOUTS[name.removesuffix("_smirk").split("_")[0] if name != "swin_b" else name]
     return next((c for c in choices if any(str(k).startswith(c.head) for k in keys)), choices[0])
@@ -300,7 +300,7 @@ def file_key(
     if layout.early: key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
     return layout.backbone + key[len("backbone."):]
 
-# %% ../nbs/04_emotion_net.ipynb #f6b5e935
+# %% ../nbs/04_emotion_net.ipynb #be280675
 def _listed(keys, n=5): return ", ".join(sorted(keys)[:n]) + (f" and {len(keys) - n} more" if len(keys) > n else "")
 
 
@@ -322,7 +322,7 @@ def fill(
     if problems: raise BadFile(path, f"the {len(want)} tensors of the network", "; ".join(problems))
     _copy({f: ours[k] for f, k in want.items() if f in state}, state, path)
 
-# %% ../nbs/04_emotion_net.ipynb #d237b444
+# %% ../nbs/04_emotion_net.ipynb #65e02a14
 def _copy(ours, theirs, path):
     shape = lambda v: tuple(getattr(v, "shape", ()))
     wrong = [f"{k} {shape(theirs[k])} in place of {shape(v)}" for k, v in ours.items() if shape(theirs[k]) != shape(v)]
@@ -331,7 +331,7 @@ def _copy(ours, theirs, path):
     with torch.no_grad():
         for k, v in ours.items(): v.copy_(torch.as_tensor(arrays[k]))
 
-# %% ../nbs/04_emotion_net.ipynb #14e8f3f6
+# %% ../nbs/04_emotion_net.ipynb #ddd16d51
 def best_checkpoint(
     folder,  # searched to any depth; a file is given back as it is
 ) -> Path:
@@ -342,7 +342,7 @@ def best_checkpoint(
     if not scored: raise BadFile(folder, "checkpoints named ...=<validation loss>.ckpt", "none")
     return Path(min(scored)[1])
 
-# %% ../nbs/04_emotion_net.ipynb #b6bf956e
+# %% ../nbs/04_emotion_net.ipynb #9cd86aaf
 _TABLES = ("relative_position_index", "attn_mask")
 
 def _check_tables(net, state, layout, path):
@@ -353,7 +353,7 @@ def _check_tables(net, state, layout, path):
         same = key in names and torch.is_tensor(found) and found.shape == names[key].shape and torch.equal(found.to(names[key]), names[key])
         if not same: raise BadFile(f"{path}: {key}", "the table of 7 × 7 windows", "another")
 
-# %% ../nbs/04_emotion_net.ipynb #1ab74ebf
+# %% ../nbs/04_emotion_net.ipynb #f1d29050
 def _fill_released(net, raw, path):
     "The published file of this network"
     if net.name not in RELEASED: raise BadFile(path, f"a network {net.name!r} that was trained here", "another file")
@@ -364,7 +364,7 @@ def _fill_released(net, raw, path):
     _check_tables(net, state, layout, path)
     fill(net, state, path, lambda k: file_key(k, layout), layout.unused)
 
-# %% ../nbs/04_emotion_net.ipynb #3954f277
+# %% ../nbs/04_emotion_net.ipynb #4cf3f0e8
 _FORMAT = "emoca_nb emotion network 1"
 
 def save_emotion_net(
@@ -386,7 +386,7 @@ def _load_ours(name, raw, path):
     fill(net, raw.get("state_dict"), path)
     return net
 
-# %% ../nbs/04_emotion_net.ipynb #0ab4cb78
+# %% ../nbs/04_emotion_net.ipynb #ec93c140
 RELEASED = dict(resnet50="emotion_resnet50", resnet50_smirk="emotion_resnet50", swin_b="emotion_swin_b", emonet_8="emonet_8", emonet_5="emonet_5")
 
 
@@ -397,16 +397,24 @@ def trained_here(
     return settings().data / "emotion_net" / f"{name}.pt"
 
 
+def packaged(
+    name: str,  # one of NETWORKS
+) -> Path:
+    "Where a trained network lies that comes with the package; there is one, of `efficientnet_lite0`."
+    return open_head_path().with_name(f"emotion_{name}.pt")
+
+
 def _find(name):
+    here = [path for path in (trained_here(name), packaged(name)) if path.is_file()]
+    if name in RELEASED and (settings().files[RELEASED[name]].exists() or not here): return best_checkpoint(asset(RELEASED[name]))
+    if here: return here[0]
     path = trained_here(name)
-    if name in RELEASED and (settings().files[RELEASED[name]].exists() or not path.is_file()): return best_checkpoint(asset(RELEASED[name]))
-    if path.is_file(): return path
     raise AssetMissing(f"the emotion network {name!r} has not been trained on this machine: run nbs/04_emotion_net.ipynb (it writes {path})")
 
-# %% ../nbs/04_emotion_net.ipynb #66efabc1
+# %% ../nbs/04_emotion_net.ipynb #d7e20909
 def load_emotion_net(
     name: str,  # one of NETWORKS
-    path=None,  # a file, or a folder of checkpoints; None: the released file by the asset register, where that is not here one trained here
+    path=None,  # a file, or a folder of checkpoints; None: the released file by the asset register, where that is not here one trained here, then the package's
 ) -> EmotionNet:
     "A network with trained weights, in evaluation mode; `AssetMissing` or `BadFile` if it cannot be had."
     net = _build(name)
@@ -416,7 +424,7 @@ def load_emotion_net(
     _fill_released(net, raw, path)
     return net.eval()
 
-# %% ../nbs/04_emotion_net.ipynb #bd40770f
+# %% ../nbs/04_emotion_net.ipynb #b7de40d8
 _HUB = {  # files as torchvision and Microsoft name them, in torch's folder of downloads
     "resnet50": ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth"),
     "swin_b": ("swin_base_patch4_window7_224.pth", "swin_base_patch4_window7_224_22kto1k.pth"),
@@ -439,7 +447,7 @@ def _imagenet_file(name):
     if found := [p for p in places if p.is_file()]: return found[0]
     raise AssetMissing(f"ImageNet weights of {name!r} are not on this machine; put them at {' or '.join(map(str, places))}")
 
-# %% ../nbs/04_emotion_net.ipynb #9a0602c3
+# %% ../nbs/04_emotion_net.ipynb #56fa4636
 def _read_weights(path):
     if path.suffix != ".safetensors": return load_checkpoint(path)
     from safetensors import SafetensorError
@@ -459,7 +467,7 @@ def _fill_imagenet(net, path):
         state = {k: v for k, v in state.items() if not str(k).endswith(_TABLES)}
     fill(net.backbone, state, path, lambda k: name.get(k, k), r"_?fc\.|head\.|classifier\.")
 
-# %% ../nbs/04_emotion_net.ipynb #72ca5f9c
+# %% ../nbs/04_emotion_net.ipynb #6c9f4265
 def emotion_net(
     name: str,  # one of NETWORKS
     weights=None,  # None: random; "imagenet", "vggface2" (ResNet-50): to train from; "released": trained; or a file
@@ -475,7 +483,7 @@ def emotion_net(
         fill(net.backbone, load_pickle(path := asset("vggface2_resnet50")), path, unused=r"fc\.")
     return net
 
-# %% ../nbs/04_emotion_net.ipynb #792526b6
+# %% ../nbs/04_emotion_net.ipynb #fc918e1c
 def _moments(x, y):
     dx, dy = x - x.mean(), y - y.mean()
     flat = (x == x[:1]).all() | (y == y[:1]).all()
@@ -503,7 +511,7 @@ def ccc(
     spread = vx + vy + (x.mean() - y.mean()).square()
     return torch.where(flat, x.sum() * 0 + 0, 2 * cov / torch.where(flat, torch.ones_like(cov), spread))
 
-# %% ../nbs/04_emotion_net.ipynb #1bc34117
+# %% ../nbs/04_emotion_net.ipynb #7e61197c
 def icc31(
     x: Tensor,  # (N,)
     y: Tensor,  # (N,)
@@ -515,7 +523,7 @@ def icc31(
     residual = difference.var() / 2
     return torch.where(between + residual > 0, (between - residual) / (between + residual).clamp_min(torch.finfo(x.dtype).tiny), 0)
 
-# %% ../nbs/04_emotion_net.ipynb #22ba6da7
+# %% ../nbs/04_emotion_net.ipynb #e9cddd22
 def affect_metrics(
     x: Tensor,  # (N,) predicted valence or arousal
     y: Tensor,  # (N,) labels, NaN where absent
@@ -527,7 +535,7 @@ def affect_metrics(
     rmse, sagr = (x - y).square().mean().sqrt(), (x.sign() == y.sign()).double().mean()
     return {k: v.item() for k, v in dict(PCC=pcc(x, y), CCC=ccc(x, y), RMSE=rmse, SAGR=sagr, ICC=icc31(x, y)).items()}
 
-# %% ../nbs/04_emotion_net.ipynb #223ba377
+# %% ../nbs/04_emotion_net.ipynb #5fbd363c
 def confusion(
     predicted: Tensor,  # (N,) class
     expression: Tensor,  # (N,) label, -1 where absent
@@ -547,7 +555,7 @@ def class_metrics(
     f1 = 2 * right / np.maximum(counts.sum(0) + counts.sum(1), 1)
     return dict(ACC=float(right.sum() / counts.sum()), F1=float(f1[occurring].mean()))
 
-# %% ../nbs/04_emotion_net.ipynb #6e662f5e
+# %% ../nbs/04_emotion_net.ipynb #8d8640e1
 def emotion_metrics(
     predicted: Emotion,  # of N pictures
     expression: Tensor,  # (N,) classes of the network, -1 absent
@@ -560,7 +568,7 @@ def emotion_metrics(
         out |= {f"{letter}_{k}": v for k, v in affect_metrics(x, y).items()}
     return out
 
-# %% ../nbs/04_emotion_net.ipynb #e478f5d9
+# %% ../nbs/04_emotion_net.ipynb #4f09bed7
 SHAKEN = dict(paper=("mse", "pcc", "ccc"), released=("mse_valence", "mse_arousal", "pcc", "ccc"))
 
 
@@ -581,7 +589,7 @@ def loss_terms(
     (pv, cv), (pa, ca) = correlations
     return terms | dict(mse=terms["mse_valence"] + terms["mse_arousal"], pcc=(pv + pa) / 2, ccc=(cv + ca) / 2)
 
-# %% ../nbs/04_emotion_net.ipynb #90e403c8
+# %% ../nbs/04_emotion_net.ipynb #d9bb8959
 def shake(
     n: int,  # how many coefficients
     seed: int,  # of the run
@@ -591,7 +599,7 @@ def shake(
     draw = torch.from_numpy(np.random.default_rng((seed, step)).uniform(size=n))
     return (draw / draw.sum()).float()
 
-# %% ../nbs/04_emotion_net.ipynb #ce9e6acd
+# %% ../nbs/04_emotion_net.ipynb #d6829187
 class EmotionLoss:
     "Cross entropy and the shaken mean of the valence and arousal terms."
     def __init__(
@@ -615,7 +623,7 @@ class EmotionLoss:
         weights = torch.full((n,), 1 / n) if step is None else shake(n, self.seed, step)
         return terms | dict(loss=terms["cross_entropy"] + sum(w * terms[k] for w, k in zip(weights.tolist(), self.names)))
 
-# %% ../nbs/04_emotion_net.ipynb #32886b1d
+# %% ../nbs/04_emotion_net.ipynb #e30a2eaf
 def smooth_emotion(
     values: Tensor,  # (T,...) outputs, frame by frame
     weights: tuple = (0.1, 0.1, 0.15, 0.25, 0.4),  # oldest first; EmoNet's
@@ -624,21 +632,14 @@ def smooth_emotion(
     past = torch.cat([values[:1].expand(len(weights) - 1, *values.shape[1:]), values])
     return sum(w * past[i:i + len(values)] for i, w in enumerate(weights))
 
-# %% ../nbs/04_emotion_net.ipynb #2616a917
-def _world():
-    "A mark of what the synthetic world is drawn with: its version and the head"
-    return f"{_WORLD}-{hashlib.sha256(open_head_path().read_bytes()).hexdigest()[:8]}"
-
-
+# %% ../nbs/04_emotion_net.ipynb #1e4c29c0
 def _parts(name, config, size):
     "Training, validation and test set of one name"
     if name == "facial_expressions":
-        faces = facial_expressions(config.photographs, size=size, crop="whole", antialias=True)
-        faces = faces.subset(np.isin(faces.expression, CLASSES[config.classes]))
-        return faces.split((0.6, 0.2, 0.2), by="identity", seed=config.seed)
+        parts = [facial_expressions(config.photographs, part, size=size, crop="whole", antialias=True) for part in ("training", "validation", "testing")]
+        return [part.subset(np.isin(part.expression, CLASSES[config.classes])) for part in parts]
     if name == "synthetic":
-        root = settings().data / f"synthetic/affectnet-{_world()}-{config.seed}-{config.pictures}"
-        synthesize("affectnet", root, config.pictures, config.seed, workers=config.workers or None)
+        root = synthesize("affectnet", None, config.pictures, config.seed, workers=config.workers or None)
     elif name == "affectnet": root = asset("affectnet")
     else: raise EmocaError(f"there is no data {name!r}; choose synthetic, affectnet, facial_expressions, or several joined by +")
     splits = "training_emonet_split", "validation_emonet_split_clean", "testing_emonet_split_clean"
@@ -657,7 +658,7 @@ def emotion_data(
     if empty: raise EmocaError(f"{config.data}: no face for {', '.join(empty)}")
     return sets
 
-# %% ../nbs/04_emotion_net.ipynb #b86cfe00
+# %% ../nbs/04_emotion_net.ipynb #6455aaf3
 _ELSEWHERE = ("workers", "device", "devices", "keep")  # what does not change the result of a training
 
 
@@ -682,7 +683,7 @@ class EmotionTask(LightningModule):
         self.log_dict({k: terms[k].detach() for k in ("cross_entropy", "mse", "pcc", "ccc")})
         return terms["loss"]
 
-# %% ../nbs/04_emotion_net.ipynb #901e10e1
+# %% ../nbs/04_emotion_net.ipynb #850b1f13
 def _labels(batch, classes): return class_index(batch.expression, classes), batch.valence, batch.arousal
 
 
@@ -704,12 +705,12 @@ def on_validation_epoch_end(self: EmotionTask):
     numbers = dict(loss=self.loss(out, *labels)["loss"].item()) | emotion_metrics(out, *labels)
     self.log_dict({f"val_{k}": v for k, v in numbers.items()})
 
-# %% ../nbs/04_emotion_net.ipynb #054d4254
+# %% ../nbs/04_emotion_net.ipynb #f72a31db
 def run_folder(
     config: EmotionConfig,  # the training
 ) -> Path:
     "Where the run of a configuration lives, a folder of its own."
-    said = {k: v for k, v in asdict(config).items() if k not in _ELSEWHERE} | {"world": _world() if "synthetic" in config.data else None}
+    said = {k: v for k, v in asdict(config).items() if k not in _ELSEWHERE} | {"world": world_mark() if "synthetic" in config.data else None}
     mark = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
     return settings().data / "runs" / f"emotion-{config.network}-{config.data}-{mark}"
 
@@ -729,7 +730,7 @@ def train_emotion(
     if config.keep: save_emotion_net(result.task.net, trained_here(config.network))
     return result
 
-# %% ../nbs/04_emotion_net.ipynb #5c540303
+# %% ../nbs/04_emotion_net.ipynb #2df22b39
 def predict(
     net: EmotionNet,  # the network
     faces: FaceDataset,  # what to look at

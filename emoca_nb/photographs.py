@@ -13,11 +13,11 @@ __all__ = ['KINDS', 'UNIT_NAMES', 'LUMA', 'COLUMNS', 'RINGS', 'ROWS', 'HANG', 'M
            'affect', 'Effects', 'Outfit', 'Lens', 'Scene', 'draw_turn', 'draw_light', 'draw_lamps', 'lamp_harmonics',
            'draw_outfit', 'draw_lens', 'draw_scene', 'codes_of', 'pose_head', 'camera_of', 'skin_places', 'near_curve',
            'furrow', 'wrinkle_maps', 'wrinkle_depths', 'noises', 'texture_mask', 'paint_maps', 'brow_paint',
-           'lash_paint', 'paint_skin', 'head_materials', 'topology', 'build', 'Pixels', 'vertex_frames', 'look_at',
-           'relief', 'skin_of', 'backdrop', 'capsules', 'draw_bones', 'hold', 'lens_glass', 'tone_curve', 'blurred',
-           'film_grain', 'expose', 'Photograph', 'seen_points', 'light_of', 'draw']
+           'lash_paint', 'paint_skin', 'head_materials', 'topology', 'build', 'Pixels', 'vertex_frames', 'mixed',
+           'look_at', 'relief', 'skin_of', 'backdrop', 'capsules', 'draw_bones', 'hold', 'lens_glass', 'tone_curve',
+           'blurred', 'film_grain', 'expose', 'Photograph', 'seen_points', 'light_of', 'draw']
 
-# %% ../nbs/02c_photographs.ipynb #699660e1
+# %% ../nbs/02c_photographs.ipynb #f4e26e6c
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -32,10 +32,11 @@ from scipy.spatial import cKDTree
 from .core import load_npz
 from .flame import FLAME, open_head_path
 from .open_head import EMOTIONS, EXPRESSION_UNITS, JAW_OPEN, PROTOTYPES, emotion_codes, sided
+from .rasterizer import _jit
 from .renderer import Fragments, bake_uv, project, rasterize, sh_basis, shade_sh, uv_fragments, uv_to_grid, vertex_normals
 from .viewer import one_thread
 
-# %% ../nbs/02c_photographs.ipynb #f2f44a65
+# %% ../nbs/02c_photographs.ipynb #6b6176da
 KINDS = ("person", "shot", "video", "light", "look")
 
 def chance(
@@ -46,7 +47,7 @@ def chance(
     "The generator of one thing of a set."
     return np.random.default_rng([seed, KINDS.index(kind), *number])
 
-# %% ../nbs/02c_photographs.ipynb #f64b9c2a
+# %% ../nbs/02c_photographs.ipynb #633df32c
 def once(
     most: int | None,  # values kept; None: all
 ):  # a decorator
@@ -59,7 +60,7 @@ def once(
         return single
     return keep
 
-# %% ../nbs/02c_photographs.ipynb #dbd87946
+# %% ../nbs/02c_photographs.ipynb #bf3e9b5b
 UNIT_NAMES = (*EXPRESSION_UNITS[:50], "jawOpen")
 
 @once(1)
@@ -78,7 +79,7 @@ def unit_vector(
     "The unit weights that codes stand for."
     return np.append(codes["exp"].numpy(), codes["pose"][3].item() / JAW_OPEN).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #8eea519c
+# %% ../nbs/02c_photographs.ipynb #e9193409
 @once(1)
 def prototypes() -> np.ndarray:  # (8,3,51)
     "Unit weights of each emotion's prototypes."
@@ -90,7 +91,7 @@ def units_at(
     "Where units stand in a vector of weights."
     return [UNIT_NAMES.index(unit) for name in names for unit in sided(name)]
 
-# %% ../nbs/02c_photographs.ipynb #086b3538
+# %% ../nbs/02c_photographs.ipynb #77959feb
 def _unit(x):
     "Vectors along the first dimension of a tensor, made unit"
     return x * (x * x).sum(0, keepdim=True).clamp(min=1e-12).rsqrt()
@@ -104,7 +105,7 @@ def smooth(
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../nbs/02c_photographs.ipynb #c441ce98
+# %% ../nbs/02c_photographs.ipynb #3c5b69e7
 LUMA = np.array([.299, .587, .114], np.float32)
 
 @once(1)
@@ -120,7 +121,7 @@ def skins() -> tuple[np.ndarray, np.ndarray]:  # (N,50) codes, and (N,) luminanc
     order = shaven[whole[shaven].argsort()]
     return codes[order], whole[order]
 
-# %% ../nbs/02c_photographs.ipynb #4521a7b2
+# %% ../nbs/02c_photographs.ipynb #e5629355
 COLUMNS, RINGS, ROWS, HANG = 81, 40, 18, 8
 MIDDLE, AZIMUTH = np.array([0, .03, -.03], np.float32), np.linspace(-np.pi, np.pi, COLUMNS)
 POLAR = np.linspace(.06, 2.6, RINGS)
@@ -131,7 +132,7 @@ def rays() -> np.ndarray:  # (C,R,3) unit
     x, y, z = np.sin(POLAR) * np.sin(AZIMUTH)[:, None], np.cos(POLAR), np.sin(POLAR) * np.cos(AZIMUTH)[:, None]
     return np.stack(np.broadcast_arrays(x, y, z), -1).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #38f4966f
+# %% ../nbs/02c_photographs.ipynb #7fb1ecfe
 @once(1)
 def anchors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,R,3) vertex ids, (C,R,3) weights, (C,R) height of the template there, metres
     "Where rays from the middle of the head leave the template; those that leave through the neck take the place of the ray above."
@@ -148,7 +149,7 @@ def anchors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (C,R,3) vertex id
     for r in range(1, RINGS): ids[missed[:, r], r], weights[missed[:, r], r] = ids[missed[:, r], r - 1], weights[missed[:, r], r - 1]
     return ids, weights, (head.v_template[ids] * weights[..., None]).sum(2)[..., 1]
 
-# %% ../nbs/02c_photographs.ipynb #b940a28d
+# %% ../nbs/02c_photographs.ipynb #810dbe3b
 @dataclass(frozen=True, eq=False)
 class Hair:
     "A shell over the skull: hair, or a hat."
@@ -172,7 +173,7 @@ def draw_hair_colour(
     weight = np.array([1.6, 1, .9 * fair, .5 * fair, .4 * fair, .15 * fair, .9 * age**2, .8 * age**3])
     return (HAIR_COLOURS[r.choice(8, p=weight / weight.sum())] * r.uniform(.8, 1.25)).clip(.02, .9)
 
-# %% ../nbs/02c_photographs.ipynb #fa8f1d7f
+# %% ../nbs/02c_photographs.ipynb #f38ecf5d
 def hairline(
     style: str,  # one of STYLES
     r: np.random.Generator,  # the source of randomness
@@ -194,7 +195,7 @@ def rings_at(
     "The fractional ring at a height on the template, for each direction."
     return np.stack([np.interp(-y, -heights, np.arange(RINGS)) for y, heights in zip(low, anchors()[2])])
 
-# %% ../nbs/02c_photographs.ipynb #c4240bb5
+# %% ../nbs/02c_photographs.ipynb #56307532
 def _thickness(style, rings, f, r):
     "Metres off the head of each row: more on the crown than at the sides, in lumps, tapering at the hairline"
     top, side = dict(short=(r.uniform(.006, .026), r.uniform(.003, .008)), bangs=(.016, .009), bob=(.018, .014), long=(.016, .012), tied=(.006, .005), fringe=(.005, .006),
@@ -220,7 +221,7 @@ def draw_hair(
     sway = np.sin(np.linspace(0, r.uniform(2, 7), HANG) + r.uniform(0, 3)) * r.uniform(0, .008) - np.linspace(0, 1, HANG) * r.uniform(-.01, .03)
     return Hair(style, draw_hair_colour(r, tone, age), rings, thick, hang, np.broadcast_to(sway, (COLUMNS, HANG)))
 
-# %% ../nbs/02c_photographs.ipynb #4493bddf
+# %% ../nbs/02c_photographs.ipynb #2e065bce
 def _between(grid, rings):
     "(C,R,3) looked up at fractional rings (C,ROWS)"
     low = rings.clip(0, RINGS - 1.001).astype(int)
@@ -243,7 +244,7 @@ def grow(
     step, hangs = np.linspace(0, 1, HANG + 1)[1:, None], (hair.hang > 0)[:, None, None]
     return np.concatenate([shell, shell[:, -1:] + hair.hang[:, None, None] * step * down + side[:, None] * hair.sway[..., None] * hangs], 1).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #fd1b8240
+# %% ../nbs/02c_photographs.ipynb #24fa00bb
 @once(None)
 def grid_mesh(
     columns: int,  # of the grid
@@ -255,7 +256,7 @@ def grid_mesh(
     uv = np.stack(np.meshgrid(np.linspace(0, 1, columns), np.linspace(0, 1, rows), indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
     return np.concatenate([np.stack([a, a + 1, a + rows], 1), np.stack([a + rows, a + 1, a + rows + 1], 1)]), uv
 
-# %% ../nbs/02c_photographs.ipynb #815c0fdb
+# %% ../nbs/02c_photographs.ipynb #a63b9391
 @dataclass(frozen=True)
 class Glasses:
     "A person's glasses."
@@ -274,7 +275,7 @@ def draw_glasses(
     sun = r.random() < .08
     return Glasses(r.uniform(.023, .028), r.uniform(.015, .021) + .003 * sun, r.uniform(2, 4), r.uniform(.0006, .0018), tuple(dark if r.random() < .6 else light), .93 if sun else r.uniform(.02, .12))
 
-# %% ../nbs/02c_photographs.ipynb #14c5e36a
+# %% ../nbs/02c_photographs.ipynb #4db8d16d
 def tube(
     path: np.ndarray,  # (N,3) metres
     radius: float,  # metres
@@ -289,7 +290,7 @@ def tube(
     if closed: points = np.concatenate([points, points[:1]])
     return points.reshape(-1, 3).astype(np.float32), grid_mesh(len(points), 5)[0]
 
-# %% ../nbs/02c_photographs.ipynb #df1c0dca
+# %% ../nbs/02c_photographs.ipynb #3365dadd
 def _rims(g, points, turn):
     "Outlines (2,28,3) of the lenses, the right one first"
     right, up, forward = turn.T
@@ -316,7 +317,7 @@ def put_on(
         tubes.append(tube(np.linspace(hinge, back, 8) + right * side * .004 * arch, g.radius))
     return tubes, rims
 
-# %% ../nbs/02c_photographs.ipynb #3041c8a4
+# %% ../nbs/02c_photographs.ipynb #503c89dd
 def draw_hat(
     r: np.random.Generator,  # the source of randomness
 ) -> Hair:
@@ -342,7 +343,7 @@ def visor(
     out = np.linspace(0, 1, 6)[:, None] * (np.cos(np.linspace(-np.pi / 2, np.pi / 2, 25)).clip(0) ** .5)[:, None, None] * length
     return rim[:, None] + out * (turn[:, 2] * .95 - turn[:, 1] * .3)
 
-# %% ../nbs/02c_photographs.ipynb #925bcfc4
+# %% ../nbs/02c_photographs.ipynb #4d77df3c
 AROUND = 41
 #                height, half width, half depth, middle; metres
 _TORSO = np.array([[-.075, .046, .044, -.058], [-.105, .052, .05, -.06], [-.122, .075, .060, -.058], [-.138, .115, .072, -.056],
@@ -362,7 +363,7 @@ def torso(
     low = np.cos(angle).clip(0) ** 3 * dip * np.exp(-1.2 * step) - collar * (step == 0)
     return np.stack([np.sin(angle) * (x * grown + rise), y - low - .6 * chest, np.cos(angle) * (z * grown + rise) + middle + chest], -1).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #12955129
+# %% ../nbs/02c_photographs.ipynb #1769a31d
 @dataclass(frozen=True, eq=False)
 class Person:
     "What stays the same from one picture of a person to the next."
@@ -379,7 +380,7 @@ class Person:
     glasses: Glasses | None
     paint: dict  # see `draw_paint`
 
-# %% ../nbs/02c_photographs.ipynb #95193ab6
+# %% ../nbs/02c_photographs.ipynb #2ec0c64a
 def draw_paint(
     r: np.random.Generator,  # the source of randomness
     hair: Hair,  # of the person
@@ -394,7 +395,7 @@ def draw_paint(
     return beard | brow | dict(lash=.9 if made_up else r.uniform(.3, .7), lips=r.uniform(0, .6) if made_up else r.uniform(-.25, .05), cheek=r.uniform(0, .1),
                                freckle=max(0., r.normal(-.2, .3)), blotch=r.uniform(.01, .05), teeth=r.uniform(.72, 1.12), shine=r.lognormal(-.1, .5))
 
-# %% ../nbs/02c_photographs.ipynb #dadc24c7
+# %% ../nbs/02c_photographs.ipynb #9b161a95
 @once(8)
 def draw_person(
     seed: int,  # of the set
@@ -409,7 +410,7 @@ def draw_person(
                   lean=r.normal(0, .1, 8).astype(np.float32), taste=r.dirichlet([.6] * 3, 8).astype(np.float32), lids=r.uniform(-.1, .07), hair=hair,
                   glasses=draw_glasses(r) if r.random() < .18 else None, paint=draw_paint(r, hair))
 
-# %% ../nbs/02c_photographs.ipynb #7801c4c6
+# %% ../nbs/02c_photographs.ipynb #b1eef2bb
 _SIDE = np.array([n.endswith("Left") * 1. - n.endswith("Right") for n in UNIT_NAMES], np.float32)
 _STRAY = [i for i, n in enumerate(UNIT_NAMES) if not n.startswith(("eyeLook", "eyeBlink", "jaw", "mouthClose", "cheekPuff", "mouthFunnel", "mouthPucker"))]
 SPEECH = units_at("mouthFunnel", "mouthPucker", "mouthStretch", "mouthLowerDown", "mouthUpperUp")
@@ -430,7 +431,7 @@ def express(
         w[r.choice(SPEECH, 2)] += r.uniform(0, .3, 2)
     return w.clip(0, 1.15).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #8df2a3c5
+# %% ../nbs/02c_photographs.ipynb #8fd9e0b6
 AFFECT = np.array([[(0, 0), (-.02, -.02), (-.03, .02)], [(.75, .2), (.6, .0), (.78, .45)], [(-.65, -.3), (-.55, -.4), (-.72, .15)], [(.1, .72), (.22, .55), (.08, .88)],
                    [(-.4, .72), (-.35, .6), (-.45, .82)], [(-.65, .4), (-.6, .3), (-.7, .55)], [(-.5, .5), (-.52, .68), (-.45, .85)], [(-.5, .3), (-.5, .3), (-.6, .4)]])
 
@@ -449,7 +450,7 @@ def affect(
     "Valence and arousal that a labeller gives."
     return in_disc(intensity * taste @ AFFECT[emotion] + r.normal(0, .06 if emotion == 0 else .08, 2))
 
-# %% ../nbs/02c_photographs.ipynb #6cff7b23
+# %% ../nbs/02c_photographs.ipynb #13c3239e
 @dataclass(frozen=True)
 class Effects:
     "What a picture has beyond the model's own rendering: a strength, or whether at all."
@@ -489,7 +490,7 @@ class Lens:
     noise: float  # deviation
     quality: int  # of the JPEG
 
-# %% ../nbs/02c_photographs.ipynb #4db14c1f
+# %% ../nbs/02c_photographs.ipynb #2d89ffcd
 @dataclass(frozen=True, eq=False)
 class Scene:
     "One photograph before it is taken."
@@ -512,7 +513,7 @@ class Scene:
     prop: bool  # a hand or a microphone before the face
     effects: Effects = Effects()
 
-# %% ../nbs/02c_photographs.ipynb #d6ae417f
+# %% ../nbs/02c_photographs.ipynb #9c0b1b01
 def draw_turn(
     r: np.random.Generator,  # the source of randomness
 ) -> np.ndarray:  # (3,) axis-angle, radians
@@ -530,7 +531,7 @@ def draw_light(
     light[4:] = r.normal(0, .04, (5, 1))
     return light
 
-# %% ../nbs/02c_photographs.ipynb #e17506de
+# %% ../nbs/02c_photographs.ipynb #baf1a86b
 def _lamp(direction, power, warmth):
     return np.concatenate([direction / np.linalg.norm(direction), power * np.exp(warmth * np.array([1, .1, -1]))])
 
@@ -544,7 +545,7 @@ def draw_lamps(
     if r.random() < .25: lamps.append(_lamp(np.array([r.choice([-1, 1]) * r.uniform(.8, 1.5), r.uniform(.2, .8), -r.uniform(.2, .8)]), r.uniform(.3, .9), r.normal(0, .12)))
     return np.array(lamps, np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #5553c1da
+# %% ../nbs/02c_photographs.ipynb #4808b512
 @once(1)
 def _sphere():
     "Directions (N,3) spread evenly, and the pseudo-inverse (9,N) of the harmonics there"
@@ -561,7 +562,7 @@ def lamp_harmonics(
     towards = torch.from_numpy(lamps)
     return (inverse @ ((n @ towards[:, :3].T).clamp(min=0) @ towards[:, 3:])).numpy()
 
-# %% ../nbs/02c_photographs.ipynb #bca6aeb9
+# %% ../nbs/02c_photographs.ipynb #ef701c2b
 def draw_outfit(
     r: np.random.Generator,  # the source of randomness
 ) -> Outfit:
@@ -580,7 +581,7 @@ def draw_lens(
                 contrast=r.uniform(.85, 1.35), cast=np.exp(r.normal(0, .06, 3)).astype(np.float32), saturation=0. if r.random() < .45 else r.uniform(.55, 1.15), vignette=r.exponential(.12),
                 noise=r.exponential(.009), quality=int(r.integers(55, 96)))
 
-# %% ../nbs/02c_photographs.ipynb #08c670b9
+# %% ../nbs/02c_photographs.ipynb #1f0c0b5f
 def draw_scene(
     seed: int,  # of the set
     index: int,  # of the picture in the set
@@ -599,7 +600,7 @@ def draw_scene(
     return Scene(seed, (index,), 0, person, emotion, intensity, affect(emotion, intensity, taste, r), express(person, emotion, intensity, taste, r), draw_turn(r), gaze,
                  lids.astype(np.float32), framing, draw_light(light), draw_lamps(light), draw_outfit(light), draw_lens(light), bool(light.random() < .05))
 
-# %% ../nbs/02c_photographs.ipynb #01336a29
+# %% ../nbs/02c_photographs.ipynb #896deb3f
 def codes_of(
     scene: Scene,  # what is photographed
 ) -> dict[str, torch.Tensor]:  # shape, exp, pose, eye_pose, eyelid, tex, light, each with a batch of one
@@ -626,7 +627,7 @@ def camera_of(
     x, y = ((low + high) / 2).tolist()
     return torch.tensor([[scale, -x + 2 * framing[1] / scale, -y - 2 * framing[2] / scale]]).float()
 
-# %% ../nbs/02c_photographs.ipynb #7da22a78
+# %% ../nbs/02c_photographs.ipynb #2c4c27b5
 TEXELS, WINDOW = 384, (slice(69, 318), slice(72, 312))  # of the painted skin; rows and columns of the face in it
 
 @once(1)
@@ -646,7 +647,7 @@ def near_curve(
     d, nearest = cKDTree(fine).query(place[:2].reshape(2, -1).T, distance_upper_bound=reach)
     return np.where(place[2].ravel() > -20, d, np.inf).reshape(place.shape[1:]), np.append(way, 0)[nearest].reshape(place.shape[1:])
 
-# %% ../nbs/02c_photographs.ipynb #f8e3398d
+# %% ../nbs/02c_photographs.ipynb #74904685
 def furrow(
     curve: np.ndarray,  # (n,2) millimetres, in the frontal plane
     width: float,  # of the furrow, millimetres
@@ -656,7 +657,7 @@ def furrow(
     d = np.where(np.isfinite(d), d, 1e4) / width
     return (-(1 - d**2) * np.exp(-d**2 / 2) * np.sin(np.pi * way).clip(0) ** .5).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #abde6768
+# %% ../nbs/02c_photographs.ipynb #2cd609d1
 def _curves() -> dict:
     "Wrinkles of the left half of the face: group -> curves, and their width in millimetres."
     p = marks()[:, :2]
@@ -681,7 +682,7 @@ def wrinkle_maps() -> tuple[tuple, torch.Tensor]:  # names such as "crowLeft", a
     maps = {name: sum(furrow(c, width) for c in curves) for name, (curves, width) in _curves().items()}
     return tuple(n + s for n in maps for s in ("Left", "Right")), torch.from_numpy(np.stack([m[:, ::k].copy() for m in maps.values() for k in (1, -1)]))
 
-# %% ../nbs/02c_photographs.ipynb #eda6a7d5
+# %% ../nbs/02c_photographs.ipynb #22126c5c
 DRIVERS = dict(forehead=dict(browInnerUp=.8, browOuterUp=.8), glabella=dict(browDown=1.1, browInnerUp=.25), root=dict(noseSneer=.7, browDown=.4), bunny=dict(noseSneer=1.),
                crow=dict(cheekSquint=.8, eyeSquint=.4, mouthSmile=.3), pouch=dict(cheekSquint=.6, eyeSquint=.5, noseSneer=.3), fold=dict(mouthSmile=.9, noseSneer=.6, mouthUpperUp=.6, cheekSquint=.3),
                bracket=dict(mouthSmile=.6, mouthDimple=.8, mouthStretch=.5), corner=dict(mouthFrown=.9, mouthStretch=.3), chin=dict(mouthShrugLower=1., mouthFrown=.4, mouthPress=.3))
@@ -705,7 +706,7 @@ def wrinkle_depths(
     "How deep each wrinkle is."
     return ((.25 + .85 * age) * (_drive() @ units) + .8 * age**2 * np.repeat(list(AT_REST.values()), 2)).clip(0, 1.3).astype(np.float32)
 
-# %% ../nbs/02c_photographs.ipynb #590d2311
+# %% ../nbs/02c_photographs.ipynb #5251fd3d
 PORES, BLOTCHES, STRANDS, FREEZE, BUMPS = range(5)
 
 @once(1)
@@ -721,7 +722,7 @@ def texture_mask(
     "A region's mask at the size of the painted skin."
     return torch.from_numpy(cv2.resize(head_layer().head.uv_masks[name], (TEXELS, TEXELS), interpolation=cv2.INTER_LINEAR)).float() / 255
 
-# %% ../nbs/02c_photographs.ipynb #73ba1f73
+# %% ../nbs/02c_photographs.ipynb #c46ad530
 @once(1)
 def paint_maps() -> dict[str, torch.Tensor]:  # (h,w) each, 0..1
     "Where each paint lies, over the face's window."
@@ -735,7 +736,7 @@ def paint_maps() -> dict[str, torch.Tensor]:  # (h,w) each, 0..1
                freckle=smooth(z, 20, 40) * np.exp(-np.square((y - 2) / 22)) * smooth(45 - abs(x), 0, 15))
     return {k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32)) for k, v in out.items()}
 
-# %% ../nbs/02c_photographs.ipynb #8c7eb4b2
+# %% ../nbs/02c_photographs.ipynb #163df510
 @once(1)
 def _brow_frame():
     "Texels near the brows (h,w); of each, distance from the middle plane, height over the brow's line, and place along it (0 inner, 1 outer end): (3,n)"
@@ -764,7 +765,7 @@ def lash_paint() -> torch.Tensor:  # (h,w) 0..1
     lines = (([36, 37, 38, 39], 1.6), ([42, 43, 44, 45], 1.6), ([36, 41, 40, 39], .7), ([42, 47, 46, 45], .7))
     return torch.from_numpy(sum(np.exp(-np.square(near_curve(marks()[ids, :2], 4 * w)[0] / w)) for ids, w in lines).clip(0, 1).astype(np.float32))
 
-# %% ../nbs/02c_photographs.ipynb #7e269257
+# %% ../nbs/02c_photographs.ipynb #5b16308c
 BLOOD, MELANIN = torch.tensor([.25, 1., .85])[:, None, None], torch.tensor([.5, .9, 1.2])[:, None, None]
 
 def _cut(noise, shift):
@@ -797,7 +798,7 @@ def paint_skin(
     grown = dict(bald=.12, fringe=.12).get(person.hair.style, .88)
     return fine.lerp_(face.mean((1, 2), keepdim=True) * (1 - grown) + grown * hair, texture_mask("scalp") * .9)
 
-# %% ../nbs/02c_photographs.ipynb #b1f85b7a
+# %% ../nbs/02c_photographs.ipynb #82539a8b
 MATERIALS = ("skin", "eye", "teeth", "mouth", "chest", "frame", "hair", "cloth", "hat")  # the last three without a mirror's shine
 SKIN, EYE, TEETH, MOUTH, CHEST, FRAME, HAIR, CLOTH, HAT = range(9)
 
@@ -812,7 +813,7 @@ def head_materials() -> np.ndarray:  # (F,) numbers in MATERIALS
     out[np.isin(head.faces, np.concatenate([head.regions["left_eyeball"], head.regions["right_eyeball"]])).all(1)] = EYE
     return out
 
-# %% ../nbs/02c_photographs.ipynb #35e25ab3
+# %% ../nbs/02c_photographs.ipynb #a95c1384
 @once(1)
 def _parts():
     "Material, faces and places in the grid of each part besides the head"
@@ -837,7 +838,7 @@ def topology(
     corners = faces.T.flatten().numpy()
     return faces, *rest, csr_array((np.ones(len(corners), np.float32), (corners, np.tile(np.arange(len(faces)), 3))), shape=(v, len(faces)))
 
-# %% ../nbs/02c_photographs.ipynb #fb572752
+# %% ../nbs/02c_photographs.ipynb #169b1dd9
 def build(
     scene: Scene,  # what is photographed
     vertices: np.ndarray,  # (V,3) of the posed head, metres
@@ -859,7 +860,7 @@ def build(
         if outfit.visor: parts["visor"] = visor(parts["hat"], turn, outfit.visor)
     return np.concatenate([p.reshape(-1, 3) for p in parts.values()]).astype(np.float32), tuple(parts)[1:], lenses
 
-# %% ../nbs/02c_photographs.ipynb #99d08474
+# %% ../nbs/02c_photographs.ipynb #b45a06f0
 @dataclass(eq=False)
 class Pixels:
     "The n pixels that show the mesh, sorted by material."
@@ -890,13 +891,13 @@ def spread(self: Pixels,
     out[self.index] = values.T
     return out.view(self.size, self.size, -1).numpy()
 
-# %% ../nbs/02c_photographs.ipynb #65233025
+# %% ../nbs/02c_photographs.ipynb #1953b34e
 def vertex_frames(
     vertices: np.ndarray,  # (V,3) metres
     faces: np.ndarray,  # (F,3)
     around: csr_array,  # (V,F) faces around each vertex
     names: tuple,  # parts besides the head
-) -> torch.Tensor:  # (V,6) normal, and direction along the hair; not unit
+) -> np.ndarray:  # (V,6) normal, and direction along the hair; not unit
     "Directions at the vertices."
     a, b, c = vertices.take(faces.T, 0)
     x, y = b - a, c - a
@@ -905,9 +906,42 @@ def vertex_frames(
     if "hair" in names:
         first, shell = len(head_layer().head.v_template), (COLUMNS, ROWS + HANG, 3)
         strand[first:first + math.prod(shell[:2])] = np.gradient(vertices[first:first + math.prod(shell[:2])].reshape(shell), axis=1).reshape(-1, 3)
-    return torch.from_numpy(np.concatenate([normal, strand], 1))
+    return np.concatenate([normal, strand], 1)
 
-# %% ../nbs/02c_photographs.ipynb #f24afb47
+# %% ../nbs/02c_photographs.ipynb #d5ad399c
+@_jit
+def _mix(values, corners, faces, weights, out):
+    "Values (V,C) of the corners of the faces (n,) that n pixels show, weighed by (n,3): out (C,n)"
+    for i in range(len(faces)):
+        a, b, c = corners[faces[i], 0], corners[faces[i], 1], corners[faces[i], 2]
+        for k in range(len(out)): out[k, i] = weights[i, 0] * values[a, k] + weights[i, 1] * values[b, k] + weights[i, 2] * values[c, k]
+
+def mixed(
+    values: np.ndarray,  # (V,C)
+    corners: np.ndarray,  # (F,3) rows of `values`
+    faces: np.ndarray,  # (n,) face of each pixel
+    weights: np.ndarray,  # (n,3) of its corners
+) -> torch.Tensor:  # (C,n)
+    "Values of the corners, mixed at the pixels."
+    out = np.empty((values.shape[1], len(faces)), np.float32)
+    _mix(values, corners, faces, weights, out)
+    return torch.from_numpy(out)
+
+# %% ../nbs/02c_photographs.ipynb #288fd82d
+@_jit
+def _by_material(pix_to_face, materials, starts):
+    "Indices (n,) of the pixels that show a face, material by material; the first of each material goes into `starts` (M + 1,)"
+    for face in pix_to_face:
+        if face >= 0: starts[materials[face] + 1] += 1
+    for m in range(1, len(starts)): starts[m] += starts[m - 1]
+    free, index = starts.copy(), np.empty(starts[-1], np.int64)
+    for i, face in enumerate(pix_to_face):
+        if face >= 0:
+            index[free[materials[face]]] = i
+            free[materials[face]] += 1
+    return index
+
+# %% ../nbs/02c_photographs.ipynb #2a0e8b55
 def look_at(
     vertices: np.ndarray,  # (V,3) metres
     names: tuple,  # parts besides the head
@@ -917,20 +951,17 @@ def look_at(
     "What each pixel sees."
     faces, uv, uv_faces, materials, around = topology(*names)
     seen = rasterize(project(torch.from_numpy(vertices)[None], cam), faces, size)
-    hit = seen.mask.flatten().nonzero()[:, 0]
-    face = seen.pix_to_face.flatten()[hit]
-    order = torch.from_numpy(materials[face].numpy().astype(np.uint8).argsort(kind="stable"))
-    index, face, starts = hit[order], face[order], [0, *torch.bincount(materials[face], minlength=len(MATERIALS)).cumsum(0).tolist()]
-    weights = seen.bary.view(-1, 3)[index]
-    mix = lambda values, corners: F.embedding_bag(corners[face], values, mode="sum", per_sample_weights=weights).T.contiguous()
-    frames, (scale, tx, ty), zeros = mix(vertex_frames(vertices, faces.numpy(), around, names), faces), cam[0], torch.zeros(2, 3, len(index))
+    starts, drawn = np.zeros(len(MATERIALS) + 1, np.int64), seen.pix_to_face.flatten()
+    index = torch.from_numpy(_by_material(drawn.numpy(), materials.numpy(), starts))
+    at, starts = (drawn[index].numpy(), seen.bary.view(-1, 3)[index].numpy()), starts.tolist()
+    frames, (scale, tx, ty), zeros = mixed(vertex_frames(vertices, faces.numpy(), around, names), faces.numpy(), *at), cam[0], torch.zeros(2, 3, len(index))
     normal = _unit(frames[:3])
     normal[:, starts[HAIR]:] *= torch.where(normal[2:, starts[HAIR]:] < 0, -1, 1)  # sheets have two sides
     x, y = ((k.float() + .5) / size * 2 - 1 for k in (index % size, index // size))
     place = torch.stack([x / scale - tx, -y / scale - ty, -seen.depth.flatten()[index] / scale])
-    return Pixels(size, index, starts, normal, frames[3:], mix(uv, uv_faces), place, *zeros), seen
+    return Pixels(size, index, starts, normal, frames[3:], mixed(uv.numpy(), uv_faces.numpy(), *at), place, *zeros), seen
 
-# %% ../nbs/02c_photographs.ipynb #6a0aeb28
+# %% ../nbs/02c_photographs.ipynb #e7746f33
 @once(1)
 def _gradients():
     "Gradients of texel column and row over the template, per millimetre: two (3,h,w)"
@@ -950,7 +981,7 @@ def relief(
     gu, gv = _gradients()
     return torch.cat([(along * gu + down * gv).clamp(-1.5, 1.5), h[None]])
 
-# %% ../nbs/02c_photographs.ipynb #700b132a
+# %% ../nbs/02c_photographs.ipynb #fa6684c7
 @once(8)
 def skin_of(
     seed: int,  # of the set
@@ -972,7 +1003,7 @@ def _window(uv):
     middle, half = (torch.tensor([[f(w) / TEXELS] for w in WINDOW[::-1]]) for f in (lambda w: w.start + w.stop - TEXELS, lambda w: w.stop - w.start))
     return (uv - middle) / half
 
-# %% ../nbs/02c_photographs.ipynb #dc56deda
+# %% ../nbs/02c_photographs.ipynb #3f627531
 @patch
 def wear_skin(self: Pixels,
     scene: Scene,  # what is photographed
@@ -992,7 +1023,7 @@ def wear_skin(self: Pixels,
         self.albedo[:, inner] *= torch.exp(-((lips - .008 - self.place[2, inner]) / .022).clamp(0, 3))
     return colour[3, skin]
 
-# %% ../nbs/02c_photographs.ipynb #6b674807
+# %% ../nbs/02c_photographs.ipynb #fa2cafd4
 @patch
 def wear_clothes(self: Pixels,
     scene: Scene,  # what is photographed
@@ -1007,7 +1038,7 @@ def wear_clothes(self: Pixels,
     if person.glasses: self.albedo[:, self.of(FRAME)] = torch.tensor(person.glasses.colour).float()[:, None]
     if outfit.hat: self.albedo[:, self.of(HAT)] = torch.from_numpy(outfit.hat.colour).float()[:, None]
 
-# %% ../nbs/02c_photographs.ipynb #b2565b52
+# %% ../nbs/02c_photographs.ipynb #73e59837
 @patch
 def wear_hair(self: Pixels,
     scene: Scene,  # what is photographed
@@ -1022,7 +1053,16 @@ def wear_hair(self: Pixels,
         across = (-22 * (half @ strand + .08 * noise) ** 2).exp() * (lamp[:3] @ self.normal[:, hair]).clamp(0, 1) * (.6 + .3 * noise).clamp(0, 1)
         self.gloss[:, hair] += scene.effects.shine * across * lamp[3:, None] * (.05 + .22 * colour)
 
-# %% ../nbs/02c_photographs.ipynb #8a96b2a5
+# %% ../nbs/02c_photographs.ipynb #ab645ef4
+@_jit
+def _vote(place, depth, index, out):
+    "Write the share of four texels of a lamp's picture `depth` (s,s) that are nearer to it than places (3,n) in its unit into the pixels `index` of `out`."
+    s, step = len(depth), len(depth) / 2
+    for i in range(len(index)):
+        x, y = int(min(max((place[0, i] + 1) * step, 1), s - 2)), int(min(max((place[1, i] + 1) * step, 1), s - 2))
+        out[index[i]] = .25 * ((place[2, i] > depth[y - 1, x - 1]) + (place[2, i] > depth[y - 1, x + 1]) + (place[2, i] > depth[y + 1, x - 1]) + (place[2, i] > depth[y + 1, x + 1]))
+
+# %% ../nbs/02c_photographs.ipynb #99fd38d3
 @patch
 def shadow(self: Pixels,
     vertices: torch.Tensor,  # (1,V,3) metres
@@ -1035,12 +1075,10 @@ def shadow(self: Pixels,
     side = F.normalize(torch.linalg.cross(torch.tensor([.1, 1., 0]), towards), dim=0)
     frame, middle = torch.stack([side, -torch.linalg.cross(towards, side), -towards]) / reach, torch.tensor([[0], [0], [-.02]])
     seen = rasterize((vertices - middle.T) @ frame.T, faces, size)
-    depth = torch.where(seen.mask, seen.depth, 9).flatten()
-    x, y, z = frame @ (self.place - middle)
-    x, y = (((k + 1) * (size / 2)).clamp(1, size - 2).long() for k in (x, y))
-    texel, z = y * size + x, z - .004 / reach
-    votes = sum((z > depth[texel + step]).float() for step in (-size - 1, -size + 1, size - 1, size + 1))
-    return torch.from_numpy(cv2.blur(self.spread(votes[None] / 4), (5, 5))).flatten()[self.index]
+    place = torch.addmm(-frame @ middle - torch.tensor([[0], [0], [.004 / reach]]), frame, self.place)
+    votes = np.zeros((self.size, self.size), np.float32)
+    _vote(place.numpy(), torch.where(seen.mask[0], seen.depth[0], 9).numpy(), self.index.numpy(), votes.reshape(-1))
+    return torch.from_numpy(cv2.blur(votes, (5, 5))).flatten()[self.index]
 
 @patch
 def openness(self: Pixels) -> torch.Tensor:  # (n,) 1 open, less in hollows
@@ -1054,10 +1092,27 @@ def openness(self: Pixels) -> torch.Tensor:  # (n,) 1 open, less in hollows
         out *= 1 - (strength * (depth[..., 0] - near)).clip(0, .45)
     return torch.from_numpy(out).flatten()[self.index]
 
-# %% ../nbs/02c_photographs.ipynb #29bd4d07
+# %% ../nbs/02c_photographs.ipynb #d66f489e
 #               how far red, green, blue reach into shadow; broad shine, sharp shine, its exponent; a row for each material
-LOOK = torch.tensor([[.30, .16, .10, .10, .10, 50], [.1, .05, .05, 0, .55, 300], [.2, .2, .15, .10, .30, 60], [.2, .1, .1, .05, .30, 50], [.30, .16, .10, .06, .05, 30],
-                     [0, 0, 0, .1, .7, 60], [.3, .3, .3, 0, 0, 1], [.1, .1, .1, 0, 0, 1], [.15, .15, .15, 0, 0, 1]]).T
+LOOK = np.array([[.30, .16, .10, .10, .10, 50], [.1, .05, .05, 0, .55, 300], [.2, .2, .15, .10, .30, 60], [.2, .1, .1, .05, .30, 50], [.30, .16, .10, .06, .05, 30],
+                     [0, 0, 0, .1, .7, 60], [.3, .3, .3, 0, 0, 1], [.1, .1, .1, 0, 0, 1], [.15, .15, .15, 0, 0, 1]], np.float32)
+
+@_jit
+def _add_lamps(lamps, halves, shadows, look, starts, normal, light, glow):
+    "Add what lamps (L,6) give to pixels: to the light (3,n), and to the glow (3,n); `halves` (L,3) lie between lamp and viewer, `shadows` is (L,n)."
+    for m in range(len(look)):
+        wrap, broad, sharp, power = look[m, :3], look[m, 3], look[m, 4], look[m, 5]
+        for i in range(starts[m], starts[m + 1]):
+            x, y, z = normal[0, i], normal[1, i], normal[2, i]
+            rim = (1 - min(max(z, 0), 1)) ** 2
+            for k in range(len(lamps)):
+                facing, lit, shine = lamps[k, 0] * x + lamps[k, 1] * y + lamps[k, 2] * z, 1 - shadows[k, i], np.float32(0)
+                if facing > 0 and sharp > 0:
+                    gleam = halves[k, 0] * x + halves[k, 1] * y + halves[k, 2] * z - 1
+                    shine = lit * (broad * (1 + 4 * rim) * math.exp(14 * gleam) + sharp * math.exp(power * gleam))
+                for c in range(3):
+                    light[c, i] += lamps[k, 3 + c] * lit * max((facing + wrap[c]) / (1 + wrap[c]), 0)
+                    glow[c, i] += lamps[k, 3 + c] * shine
 
 @patch
 def shade(self: Pixels,
@@ -1066,24 +1121,19 @@ def shade(self: Pixels,
     shadows: list,  # (n,) of each lamp, from `shadow`
 ) -> torch.Tensor:  # (3,n)
     "The light that comes from every pixel."
-    wrap, broad, sharp, power = LOOK.repeat_interleave(torch.tensor(self.starts).diff(), dim=1).split([3, 1, 1, 1])
-    shiny, faint, effects = self.of(SKIN, FRAME), torch.ones_like(open_), scene.effects
+    faint, effects = torch.ones_like(open_), scene.effects
     faint[self.of(TEETH)] = .4
     light = shade_sh(self.normal[None, :, None], torch.from_numpy(scene.light)[None])[0, :, 0].clamp(min=.02) * (1 - effects.hollows * faint * (1 - open_))
-    normal, broad, sharp, power = self.normal[:, shiny], broad[0, shiny], sharp[0, shiny], power[0, shiny]
-    rim = (1 - normal[2].clamp(0, 1)) ** 2
-    glow = .25 * rim * broad * light[:, shiny]
-    for lamp, shadow in zip(torch.from_numpy(scene.lamps), shadows):
-        lit, facing = 1 - effects.shadows * shadow * faint, lamp[:3] @ self.normal
-        light += lamp[3:, None] * ((facing + wrap) / (1 + wrap)).clamp(min=0) * lit
-        gleam = F.normalize(lamp[:3] + torch.tensor([0, 0, 1.]), dim=0) @ normal - 1
-        glow += lamp[3:, None] * (lit[shiny] * (facing[shiny] > 0) * (broad * (1 + 4 * rim) * (14 * gleam).exp() + sharp * (power * gleam).exp()))
+    rim = torch.from_numpy(np.repeat(.25 * LOOK[:, 3], np.diff(self.starts))) * (1 - self.normal[2].clamp(0, 1)) ** 2
+    glow = rim * light
+    if len(scene.lamps):
+        halves = F.normalize(torch.from_numpy(scene.lamps[:, :3]) + torch.tensor([0, 0, 1.]), dim=1)
+        dark = effects.shadows * faint * torch.stack([s.expand(len(open_)) for s in shadows])
+        _add_lamps(scene.lamps, halves.numpy(), dark.numpy(), LOOK, np.array(self.starts), *(x.numpy() for x in (self.normal, light, glow)))
     glow[:, self.of(SKIN, EYE)] *= scene.person.paint["shine"]
-    out = self.albedo * light + self.gloss
-    out[:, shiny] += effects.shine * glow
-    return out
+    return self.albedo * light + self.gloss + effects.shine * glow
 
-# %% ../nbs/02c_photographs.ipynb #2b231442
+# %% ../nbs/02c_photographs.ipynb #c1ba0ad6
 def backdrop(
     r: np.random.Generator,  # the source of randomness
     size: int,  # side of the picture, pixels
@@ -1100,7 +1150,7 @@ def backdrop(
     sharp = r.uniform(.3, 3)
     return cv2.resize(gaussian_filter(field, (sharp, sharp, 0)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
-# %% ../nbs/02c_photographs.ipynb #24a0eb59
+# %% ../nbs/02c_photographs.ipynb #4547ab1f
 def capsules(
     size: int,  # side of the picture, pixels
     bones: np.ndarray,  # (n,5) ends x, y, x, y and radius, in [-1,1] of the picture
@@ -1118,7 +1168,7 @@ def capsules(
         normal[:, nearer] = np.stack([dx, -dy, np.sqrt(inside.clip(0))])[:, nearer]
     return (best * 12).clip(0, 1), normal
 
-# %% ../nbs/02c_photographs.ipynb #b27a0a07
+# %% ../nbs/02c_photographs.ipynb #7c849490
 def draw_bones(
     r: np.random.Generator,  # the source of randomness
     points: np.ndarray,  # (68,2) landmarks in [-1,1]
@@ -1150,7 +1200,7 @@ def hold(
     for lamp in scene.lamps: light = light + lamp[3:] * np.einsum("c,chw->hw", lamp[:3], normal)[..., None].clip(0)
     return (image + (colour * light * (.6 + .4 * normal[2])[..., None] - image) * mask[..., None]).astype(np.float32), mask
 
-# %% ../nbs/02c_photographs.ipynb #f73989a5
+# %% ../nbs/02c_photographs.ipynb #6a0a6601
 def lens_glass(
     image: np.ndarray,  # (R,R,3) float32
     seen: Fragments,  # what each pixel sees
@@ -1168,7 +1218,7 @@ def lens_glass(
     streak = np.sin((x * r.uniform(.5, 1.5) + y) * r.uniform(8, 20) + r.uniform(0, 6)).clip(0, 1) ** 2 * r.choice([.02, .07, .25], p=[.65, .28, .07])
     return (image * (1 - tint * over)[..., None] + (over * streak)[..., None]).astype(np.float32), over * tint
 
-# %% ../nbs/02c_photographs.ipynb #7dc3e580
+# %% ../nbs/02c_photographs.ipynb #23f2e93a
 @once(64)
 def tone_curve(
     contrast: float,  # slope in the middle
@@ -1192,7 +1242,7 @@ def blurred(
     line = cv2.warpAffine(line, cv2.getRotationMatrix2D((n // 2, n // 2), math.degrees(angle), 1), (n, n))
     return cv2.filter2D(image, -1, line / line.sum())
 
-# %% ../nbs/02c_photographs.ipynb #df1d39e2
+# %% ../nbs/02c_photographs.ipynb #79532470
 @once(1)
 def _grain():
     return np.random.default_rng(2).standard_normal((1024, 1024), np.float32)
@@ -1205,6 +1255,18 @@ def film_grain(
     "Noise, cut from a large sheet of it at random places."
     sheet = np.tile(_grain(), (-(-size // 1024) + 1,) * 2) if size > 512 else _grain()
     return np.stack([sheet[y:y + size, x:x + size] for y, x in r.integers(0, 512, (channels, 2))], -1)
+
+@_jit
+def _develop(image, vignette, curve, grain, noise, out):
+    "Corners darker, the film's curve, grain: light (S,S,3) to a picture (S,S,3)"
+    s, same = len(image), grain.shape[2] == 1
+    for y in range(s):
+        for x in range(s):
+            u, v = 2 * x / (s - 1) - 1, 2 * y / (s - 1) - 1
+            gain = 1024 * (1 - vignette / 2 * (u * u + v * v))
+            for c in range(3):
+                value = curve[min(max(int(image[y, x, c] * gain), 0), 4095)] + noise * grain[y, x, 0 if same else c]
+                out[y, x, c] = int(min(max(value, 0), 1) * 255 + .5)
 
 def expose(
     lens: Lens,  # of the camera
@@ -1219,14 +1281,13 @@ def expose(
     image = cv2.resize(image, (fewer, fewer), interpolation=cv2.INTER_AREA)
     if fewer < size: image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
     mix = (np.float32(lens.saturation) * np.eye(3, dtype=np.float32) + (1 - np.float32(lens.saturation)) * LUMA) * lens.cast * np.float32(lens.exposure / np.clip(mean, .05, 2)) ** .65
-    t = np.linspace(-1, 1, size, dtype=np.float32)
-    image = cv2.transform(image, mix) * (1024 * (1 - np.float32(lens.vignette / 2) * (t**2 + t[:, None] ** 2)))[..., None]
-    image = tone_curve(lens.contrast).take(image.astype(np.int32), mode="clip")
-    return ((image + film_grain(size, 3 if lens.saturation else 1, r) * np.float32(lens.noise)).clip(0, 1) * 255 + .5).astype(np.uint8)
+    out = np.empty(image.shape, np.uint8)
+    _develop(cv2.transform(image, mix), np.float32(lens.vignette), tone_curve(lens.contrast), film_grain(size, 3 if lens.saturation else 1, r), np.float32(lens.noise), out)
+    return out
 
-# %% ../nbs/02c_photographs.ipynb #1fe99b0a
+# %% ../nbs/02c_photographs.ipynb #28d1bf77
 LABELS = ("background", "face", "eyes", "mouth", "skin", "hair", "clothes", "other")
-_LABEL_OF = torch.tensor([4, 2, 3, 3, 4, 7, 5, 6, 7])  # of each material; which skin is the face's, the texture's region says
+_LABEL_OF = np.array([4, 2, 3, 3, 4, 7, 5, 6, 7], np.uint8)  # of each material; which skin is the face's, the texture's region says
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
@@ -1252,7 +1313,7 @@ def seen_points(
     x, y = pixel.clamp(0, len(depth) - 1).T
     return (inside & (points[0, :, 2] < depth[y, x] + slack)).numpy() & ~hidden[y, x]
 
-# %% ../nbs/02c_photographs.ipynb #f0ebe2b7
+# %% ../nbs/02c_photographs.ipynb #b260526f
 def light_of(
     scene: Scene,  # what is photographed
     out,  # `HeadOutput` of the head
@@ -1268,14 +1329,14 @@ def light_of(
     if names: pixels.wear_clothes(scene), pixels.wear_hair(scene)
     mesh, faces = torch.from_numpy(vertices)[None], topology(*names)[0]
     shadows = [pixels.shadow(mesh, faces, torch.from_numpy(lamp[:3])) if scene.effects.shadows and lamp[3:].mean() > .2 else torch.zeros(1) for lamp in scene.lamps]
-    label = _LABEL_OF.repeat_interleave(torch.tensor(pixels.starts).diff()).byte()
-    label[pixels.of(SKIN)] = torch.where(face > .5, 1, 4).byte()
+    label = np.repeat(_LABEL_OF, np.diff(pixels.starts))
+    label[pixels.of(SKIN)] = np.where(face > .5, 1, 4)
     image, labels = backdrop(r, size), np.zeros((size, size), np.uint8)
     image.reshape(-1, 3)[pixels.index] = pixels.shade(scene, pixels.openness(), shadows).T
     labels.reshape(-1)[pixels.index] = label
     return image, labels, seen, lenses
 
-# %% ../nbs/02c_photographs.ipynb #c7fff748
+# %% ../nbs/02c_photographs.ipynb #f908494a
 def draw(
     scene: Scene,  # what is photographed
     size: int = 224,  # side of the picture, pixels
@@ -1285,7 +1346,7 @@ def draw(
         codes, r, before = codes_of(scene), chance(scene.seed, "look", *scene.shot), LABELS.index("other")
         out = pose_head(codes)
         codes["cam"] = cam = camera_of(out.landmarks2d, scene.framing)
-        image, labels, seen, lenses = light_of(scene, out, cam, 6 * size // 5, r)
+        image, labels, seen, lenses = light_of(scene, out, cam, 9 * size // 8, r)
         points = [project(x, cam) for x in (out.landmarks2d, out.landmarks_mp)]
         if lenses is not None:
             image, over = lens_glass(image, seen, lenses, cam, scene.person.glasses.tint, r)

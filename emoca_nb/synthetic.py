@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FPS', 'FRAMES', 'AFF_CLASSES', 'ACTION_UNITS', 'LAYOUTS', 'SHARD', 'VERSION', 'LARGE', 'slow', 'Track', 'episodes',
            'blinks', 'draw_track', 'draw_frame', 'encode', 'pixels_of', 'action_units', 'Layout', 'scene_of',
-           'truth_of', 'draw_shard', 'ground_truth', 'synthesize', 'synthesize_command', 'LABELS', 'Photograph',
-           'Scene', 'draw', 'draw_scene']
+           'truth_of', 'draw_shard', 'ground_truth', 'world_mark', 'synthesize', 'synthesize_command', 'LABELS',
+           'Photograph', 'Scene', 'draw', 'draw_scene']
 
-# %% ../nbs/03a_synthetic.ipynb #a241576a
+# %% ../nbs/03a_synthetic.ipynb #2551fd74
 import difflib, hashlib, json, math, os, pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from joblib import Parallel, delayed
 from scipy.ndimage import gaussian_filter
 
-from .core import EmocaError, atomic_write, load_npy, load_npz, progress
+from .core import EmocaError, atomic_write, load_npy, load_npz, progress, settings
 from .flame import open_head_path
 from .open_head import EMOTIONS
 from .photographs import (LABELS, PLAIN, SPEECH, Person, Photograph, Scene, affect, chance, draw, draw_lamps, draw_lens, draw_light, draw_outfit, draw_person, draw_scene, draw_turn, express,
@@ -26,7 +26,7 @@ from .photographs import (LABELS, PLAIN, SPEECH, Person, Photograph, Scene, affe
 
 _all_ = ["LABELS", "Photograph", "Scene", "draw", "draw_scene"]
 
-# %% ../nbs/03a_synthetic.ipynb #ab5c4181
+# %% ../nbs/03a_synthetic.ipynb #6679861f
 FPS = 25
 
 def slow(
@@ -52,7 +52,7 @@ class Track:
     lids: np.ndarray  # (n,2) 0..1
     framing: np.ndarray  # (n,3)
 
-# %% ../nbs/03a_synthetic.ipynb #c58bd7a5
+# %% ../nbs/03a_synthetic.ipynb #95387a7a
 def episodes(
     person: Person,  # who
     t: np.ndarray,  # (n,) seconds
@@ -77,7 +77,7 @@ def blinks(
     times = np.cumsum(r.exponential(3, 40) + .5) - r.uniform(0, 3)
     return np.max([np.interp(t - at, [-.1, -.02, .02, .2], [0, 1, 1, 0]) for at in times], 0)
 
-# %% ../nbs/03a_synthetic.ipynb #e151f74e
+# %% ../nbs/03a_synthetic.ipynb #8c1f6daf
 @once(4)
 def draw_track(
     seed: int,  # of the set
@@ -111,7 +111,7 @@ def draw_frame(
     return Scene(seed, (0, video), frame, draw_person(seed, k.person), int(k.emotion[frame]), float(k.intensity[frame]), k.affect[frame], k.units[frame], k.turn[frame], k.gaze[frame],
                  k.lids[frame], k.framing[frame], draw_light(light), draw_lamps(light), draw_outfit(light), draw_lens(light), False)
 
-# %% ../nbs/03a_synthetic.ipynb #fb51018b
+# %% ../nbs/03a_synthetic.ipynb #9593e62a
 def encode(
     image: np.ndarray,  # (H,W,3) uint8 RGB
     quality: int,  # of a JPEG, 1 to 100
@@ -129,7 +129,7 @@ def pixels_of(
     "Points in pixels."
     return (points + 1) * (size / 2) - .5
 
-# %% ../nbs/03a_synthetic.ipynb #e69f247a
+# %% ../nbs/03a_synthetic.ipynb #2fe8de65
 def _affectnet_path(seed, index): return f"Manually_Annotated/Manually_Annotated_Images/{index // 1000 + 1}/{hashlib.sha256(f'{seed} {index}'.encode()).hexdigest()[:56]}.jpg"
 
 def _emonet_labels(rows, points):
@@ -150,7 +150,7 @@ def _finish_affectnet(root, truth, size):
     for name, digit in (("val", 1), ("test", 2)):
         with atomic_write(root / f"{name}_fullpath.pkl") as file: file.write_bytes(pickle.dumps(_emonet_labels(rows[part == digit], points[part == digit]), 2))
 
-# %% ../nbs/03a_synthetic.ipynb #0e277536
+# %% ../nbs/03a_synthetic.ipynb #db860882
 def _vggface2_path(seed, index): return f"train/n{index // 8 + 1:06d}/{index % 8 + 1:04d}_01.jpg"
 
 def _beside_vggface2(path, photo):
@@ -164,7 +164,7 @@ def _finish_vggface2(root, truth, size):
     rows = [own[:5] + [other[0]] for own, other in zip(people, people[1:] + people[:1]) if len(own) >= 5]
     with atomic_write(root / "train_list.npy") as file: np.save(file, np.array(rows, "U20").reshape(-1, 6))
 
-# %% ../nbs/03a_synthetic.ipynb #c135ba08
+# %% ../nbs/03a_synthetic.ipynb #d770d987
 FRAMES = dict(afew_va=48, aff_wild2=64)
 
 def _afew_path(seed, index): return f"{index // FRAMES['afew_va'] + 1:03d}/{index % FRAMES['afew_va']:05d}.png"
@@ -179,7 +179,7 @@ def _finish_afew(root, truth, size):
         about = dict(video_id=name, actor=f"person {truth['identity'][truth['video'] == video][0]}", frames=frames)
         with atomic_write(root / name / f"{name}.json") as file: file.write_text(json.dumps(about))
 
-# %% ../nbs/03a_synthetic.ipynb #7b385e42
+# %% ../nbs/03a_synthetic.ipynb #c25e61ba
 AFF_CLASSES = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
 _AFF_CLASS_OF = np.array([0, 4, 5, 6, 3, 2, 1, 7])  # of each of EMOTIONS
 ACTION_UNITS = dict(AU1=["browInnerUp"], AU2=["browOuterUp"], AU4=["browDown"], AU6=["cheekSquint"], AU7=["eyeSquint"], AU10=["mouthUpperUp"], AU12=["mouthSmile"], AU15=["mouthFrown"],
@@ -203,7 +203,7 @@ def _finish_aff(root, truth, size):
         for task, (header, values, form) in tables.items():
             with atomic_write(root / f"{task}_Set" / part / f"video{video + 1:03d}.txt") as file: np.savetxt(file, values[rows], form, ",", header=header, comments="")
 
-# %% ../nbs/03a_synthetic.ipynb #238e5679
+# %% ../nbs/03a_synthetic.ipynb #31d99d2d
 @dataclass(frozen=True)
 class Layout:
     "How a set lies on disk."
@@ -224,8 +224,8 @@ def scene_of(
     each = LAYOUTS[layout].each
     return draw_frame(seed, *divmod(index, each), each) if layout in FRAMES else draw_scene(seed, index, each)
 
-# %% ../nbs/03a_synthetic.ipynb #da2e21fb
-SHARD, VERSION = 64, 4
+# %% ../nbs/03a_synthetic.ipynb #bbfec9e0
+SHARD, VERSION = 64, 5
 
 def truth_of(
     scene: Scene,  # what was photographed
@@ -266,7 +266,7 @@ def draw_shard(
     with atomic_write(f"{stem}.npz") as file: np.savez(file, **{k: np.stack([t[k] for t in truths]) for k in truths[0]})
     return last - first
 
-# %% ../nbs/03a_synthetic.ipynb #c3619a81
+# %% ../nbs/03a_synthetic.ipynb #5ab20db8
 LARGE = ("vertices", "masks")
 
 def ground_truth(
@@ -283,13 +283,17 @@ def ground_truth(
     if unknown := [n for n in names if n not in LARGE and n not in shards[0]]: raise EmocaError(f"{root} has no truth called {unknown[0]!r}; there are {', '.join((*shards[0], *LARGE))}")
     return {n: np.concatenate([read[n](f) for f in files] if n in LARGE else [s[n] for s in shards]) for n in names}
 
-# %% ../nbs/03a_synthetic.ipynb #ba14966f
+# %% ../nbs/03a_synthetic.ipynb #6246b8b1
+def world_mark() -> str:
+    "What every picture of this world depends on: its version and the head."
+    return f"{VERSION}-{hashlib.sha256(open_head_path().read_bytes()).hexdigest()[:8]}"
+
 def _settings(layout, n, seed, size, plain):
     "Checked settings of a set"
     if layout not in LAYOUTS: raise EmocaError(f"there is no layout {layout!r}. Did you mean {difflib.get_close_matches(layout, LAYOUTS, 1, 0)[0]!r}? There are {', '.join(LAYOUTS)}.")
     if n < 1 or size < 16 or seed < 0: raise EmocaError(f"n={n}, size={size}, seed={seed}: a set has at least one picture of at least 16 pixels, and a seed that is not negative")
     if layout in FRAMES: n = -(-n // FRAMES[layout]) * FRAMES[layout]
-    return dict(layout=layout, n=n, seed=seed, size=size, plain=plain, version=VERSION, head=hashlib.sha256(open_head_path().read_bytes()).hexdigest()[:16])
+    return dict(layout=layout, n=n, seed=seed, size=size, plain=plain, world=world_mark())
 
 def _claim(root, settings):
     "True if the set is finished; else note that it is being drawn"
@@ -305,10 +309,10 @@ def _claim(root, settings):
     with atomic_write(mark) as file: file.write_text(json.dumps(dict(settings=settings, done=False)))
     return False
 
-# %% ../nbs/03a_synthetic.ipynb #c886118d
+# %% ../nbs/03a_synthetic.ipynb #a7784fbd
 def synthesize(
     layout: str,  # affectnet, vggface2, afew_va or aff_wild2
-    root,  # folder of the set; a finished set with the same settings is used again
+    root,  # folder of the set; a finished set with the same settings is used again; None: one of the data folder, for these settings alone
     n: int,  # pictures; of videos: frames, rounded up to whole videos
     seed: int = 0,  # of the set
     size: int = 224,  # side of the pictures, pixels
@@ -316,20 +320,21 @@ def synthesize(
     plain: bool = False,  # the model's own pictures, without any effect
 ) -> Path:  # root
     "Draw a set of photographs with ground truth, in the layout of a published set."
-    root, settings = Path(root), _settings(layout, n, seed, size, plain)
-    if _claim(root, settings): return root
-    shards = [(a, min(a + SHARD, settings["n"])) for a in range(0, settings["n"], SHARD)]
+    about = _settings(layout, n, seed, size, plain)
+    root = Path(root or settings().data / f"synthetic/{layout}{'-plain' * plain}-{about['world']}-{about['n']}-{size}-{seed}")
+    if _claim(root, about): return root
+    shards = [(a, min(a + SHARD, about["n"])) for a in range(0, about["n"], SHARD)]
     names = {f"{a:08d}-{b:08d}" for a, b in shards}
     for old in (root / "ground_truth").glob("*.npz"):
         if old.stem[:17] not in names: old.unlink()  # the short last shard of a smaller set
     jobs = [(a, b) for a, b in shards if not (root / f"ground_truth/{a:08d}-{b:08d}.npz").exists()]
-    draws = Parallel(n_jobs=workers or -1, return_as="generator_unordered")(delayed(draw_shard)(root, layout, seed, size, plain, *job) for job in jobs)
-    for _ in progress(draws, f"{layout}: shards", len(jobs)): pass
+    with Parallel(n_jobs=workers or -1, return_as="generator_unordered", max_nbytes=None) as pool:
+        for _ in progress(pool(delayed(draw_shard)(root, layout, seed, size, plain, *job) for job in jobs), f"{layout}: shards", len(jobs)): pass
     LAYOUTS[layout].finish(root, ground_truth(root, ("path", "landmarks", "emotion", "valence", "arousal", "identity", "units") + ("video",) * (layout in FRAMES)), size)
-    with atomic_write(root / "synthetic.json") as file: file.write_text(json.dumps(dict(settings=settings, done=True)))
+    with atomic_write(root / "synthetic.json") as file: file.write_text(json.dumps(dict(settings=about, done=True)))
     return root
 
-# %% ../nbs/03a_synthetic.ipynb #1e314a6b
+# %% ../nbs/03a_synthetic.ipynb #be2f409c
 @click.command("synthesize")
 @click.argument("layout", type=click.Choice(list(LAYOUTS)))
 @click.argument("root", type=click.Path(file_okay=False, path_type=Path))

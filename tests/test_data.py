@@ -527,8 +527,11 @@ def test_facial_expressions_at_hand(root):
     if not folder.is_dir(): pytest.skip("needs the photographs in ../shared/data/facial_expressions, which are not on this machine")
     data = facial_expressions(folder, size=64)
     assert len(data) == 2526 and Counter(data.expression.tolist()) == {0: 900, 1: 900, 3: 268, 6: 204, 2: 159, 5: 73, 4: 13, 7: 9}
-    train, test = data.split((0.8, 0.2), by="identity")
-    assert not set(train.identity) & set(test.identity)
+    parts = [facial_expressions(folder, part, size=64) for part in ("training", "validation", "testing")]
+    people = [set(part.identity) for part in parts]
+    assert sum(map(len, parts)) == 2526 and sum(map(len, people)) == len(set.union(*people)) == len(set(data.identity))
+    shares = np.stack([np.bincount(part.expression, minlength=8)[[0, 1, 2, 3, 6]] for part in parts])
+    assert (abs(shares / shares.sum(0) - [[.6], [.2], [.2]]) < .1).all()
     assert data[100].image.shape == (3, 64, 64)
 
 

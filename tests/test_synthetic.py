@@ -300,3 +300,13 @@ def test_command(tmp_path):
 
 def test_labels_of_emotions_are_affectnets():
     assert EMOTIONS == ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Anger", "Contempt")
+
+
+def test_a_set_without_a_folder_lies_in_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOCA_NB_DATA", str(tmp_path))
+    root = S.synthesize("affectnet", None, 3, seed=4, size=32, workers=1)
+    assert root.parent == tmp_path / "synthetic" and S.world_mark() in root.name
+    made = (root / "training.csv").stat().st_mtime_ns
+    assert S.synthesize("affectnet", None, 3, seed=4, size=32, workers=1) == root and (root / "training.csv").stat().st_mtime_ns == made
+    others = {S.synthesize("affectnet", None, n, seed=seed, size=size, workers=1, plain=plain) for n, seed, size, plain in ((4, 4, 32, False), (3, 5, 32, False), (3, 4, 24, False), (3, 4, 32, True))}
+    assert len(others | {root}) == 5
