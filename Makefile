@@ -12,9 +12,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help:    ## this list
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
 
-demo: .venv/.ready    ## run the tour of the head; the executed notebook is reports/demo.ipynb
+demo: .venv/.ready    ## the tour, a small training of the coarse stage, and a photograph reconstructed with it: reports/demo*
 	$(PAPERMILL) nbs/index.ipynb reports/demo.ipynb
-	@echo "The executed notebook: reports/demo.ipynb. To read and change it: make lab"
+	$(PAPERMILL) -p out $(CURDIR)/data/runs/demo nbs/05_train_coarse.ipynb reports/demo_train_coarse.ipynb
+	.venv/bin/emoca-nb reconstruct $$($(PY) -c "from skimage import data; print(data.__path__[0])")/astronaut.png -o reports/demo_astronaut --model data/runs/demo/emotion_1/encoders.pt
+	@echo "The executed notebooks: reports/demo.ipynb, reports/demo_train_coarse.ipynb; the head: reports/demo_astronaut. To read and change them: make lab"
 
 test: .venv/.ready    ## every notebook and every test; ARGS="-k core" goes to pytest
 	$(PY) -m pytest $(ARGS)
