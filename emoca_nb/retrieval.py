@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Space', 'fingerprint', 'feature_space', 'affect_space', '
            'class_measures', 'affect_measures', 'identity_measures', 'judge', 'interval', 'summary', 'per_class',
            'neighbour_sheet', 'FaceStrip', 'embed_picture', 'FaceBrowser', 'aff_wild2_both']
 
-# %% ../nbs/09_retrieval.ipynb #160bed03
+# %% ../nbs/09_retrieval.ipynb #ceccebef
 import base64, hashlib, html, io, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ from .emotion_net import EmotionNet
 from .encoders import Encoders
 from .faces import detect, read_image
 from .open_head import EMOTIONS
+from .rasterizer import _jit
 
-# %% ../nbs/09_retrieval.ipynb #2f486c92
+# %% ../nbs/09_retrieval.ipynb #89923be4
 @dataclass(frozen=True)
 class Space:
     "A way to give faces a place."
@@ -33,7 +34,7 @@ class Space:
     embed: Callable  # Batch -> (B,D) tensor; NaN where a face has no place
     pictures: bool = True  # False: labels are enough
 
-# %% ../nbs/09_retrieval.ipynb #7d717404
+# %% ../nbs/09_retrieval.ipynb #fa4cd046
 def fingerprint(
     *parts,  # modules, arrays, and anything that json can write
 ) -> str:
@@ -46,7 +47,7 @@ def fingerprint(
             h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/09_retrieval.ipynb #1d701a90
+# %% ../nbs/09_retrieval.ipynb #cd5a7e41
 def _says(name, net, pick, device):
     "A space of a network's outputs"
     device, mark = pick_device(device), fingerprint(net, [net.name, net.size, net.antialias, net.classes])
@@ -55,7 +56,7 @@ def _says(name, net, pick, device):
         with torch.inference_mode(): return pick(net, batch.image.to(device, memory_format=torch.channels_last)).float().cpu()
     return Space(name, f"{name} {mark}", embed)
 
-# %% ../nbs/09_retrieval.ipynb #5752e6df
+# %% ../nbs/09_retrieval.ipynb #b06573ea
 def feature_space(
     net: EmotionNet,  # the network
     name: str = "feature",  # in tables and menus
@@ -73,7 +74,7 @@ def affect_space(
     "What a network says of valence and arousal."
     return _says(name, net, lambda net, x: torch.stack(net(x)[1:3], 1), device)
 
-# %% ../nbs/09_retrieval.ipynb #0043c175
+# %% ../nbs/09_retrieval.ipynb #040411bc
 def label_space(
     name: str = "valence, arousal (labels)",  # in tables and menus
 ) -> Space:
@@ -89,7 +90,7 @@ def given_space(
     known = torch.as_tensor(np.asarray(vectors, np.float32))
     return Space(name, f"{name} {fingerprint(known)}", lambda batch: known[batch.index], pictures=False)
 
-# %% ../nbs/09_retrieval.ipynb #3b84a146
+# %% ../nbs/09_retrieval.ipynb #bb45082c
 def codes_space(
     encoders: Encoders,  # a picture to codes
     name: str = "expression codes",  # in tables and menus
@@ -106,7 +107,7 @@ def codes_space(
         return torch.cat([codes.exp, codes.jaw], 1).float().cpu()
     return Space(name, f"{name} {mark}", embed)
 
-# %% ../nbs/09_retrieval.ipynb #7901cf37
+# %% ../nbs/09_retrieval.ipynb #2892b8d9
 _FORMAT = "emoca_nb index 1"
 _NUMBERS = "row", "group", "person"
 _ROWS = 1 << 16  # at a time, where labels are enough
@@ -131,7 +132,7 @@ def _batches(faces, space, start, batch, workers):
         rows = np.arange(a, min(a + _ROWS, len(faces)))
         yield rows[-1] + 1, _labels_only(faces, rows)
 
-# %% ../nbs/09_retrieval.ipynb #1b8357bd
+# %% ../nbs/09_retrieval.ipynb #9f281cd7
 def _labels_only(faces, rows):
     "A batch without pictures"
     known = {name: torch.as_tensor(getattr(faces, name)[rows]) for name in ("expression", "valence", "arousal")}
@@ -145,7 +146,7 @@ def _json(path):
     if not isinstance(out, dict) or out.get("format") != _FORMAT: raise BadFile(path, f"a json object of format {_FORMAT!r}", f"{str(out):.60}")
     return out
 
-# %% ../nbs/09_retrieval.ipynb #6cc6961c
+# %% ../nbs/09_retrieval.ipynb #07228414
 def _same(path, there, about):
     "Refuse an index of another space or other faces"
     for key, what in (("fingerprint", "of the space"), ("faces", "of faces and labels with the mark")):
@@ -168,7 +169,7 @@ def _resume(folder, about):
             f.truncate(size)
     return state
 
-# %% ../nbs/09_retrieval.ipynb #37653c6d
+# %% ../nbs/09_retrieval.ipynb #eaf52359
 def _append(file, array):
     "Write behind the end of a file, down to the disk"
     with open(file, "ab") as f:
@@ -191,7 +192,7 @@ def _embed_all(faces, space, folder, state, batch, workers):
         state |= dict(done=int(done), kept=state["kept"] + int(good.sum()), width=width)
         with atomic_write(folder / "building.json") as f: f.write_text(json.dumps(state))
 
-# %% ../nbs/09_retrieval.ipynb #e78e484f
+# %% ../nbs/09_retrieval.ipynb #ed3f7972
 def build_index(
     faces: FaceDataset,  # what to search later
     space: Space,  # where they lie
@@ -212,7 +213,7 @@ def build_index(
     for name in ("rows.i64", "building.json"): (folder / name).unlink()
     return open_index(folder)
 
-# %% ../nbs/09_retrieval.ipynb #cf00b9ec
+# %% ../nbs/09_retrieval.ipynb #ff098fba
 class FaceIndex:
     "Vectors of faces in a file, with their labels."
     def __init__(
@@ -224,11 +225,12 @@ class FaceIndex:
     ):
         self.folder, self.about, self.features, self.table, self.lists = folder, about, features, table, {}
         self.row, self.group, self.person = (table[name].to_numpy(np.int64) for name in _NUMBERS)
+        self.faces_in = np.bincount(self.group)  # of each group
 
     def __len__(self): return len(self.features)
     def __repr__(self): return f"{self.about['data']} by {self.about['space']}: {len(self)} faces x {self.features.shape[1]}"
 
-# %% ../nbs/09_retrieval.ipynb #b339af1c
+# %% ../nbs/09_retrieval.ipynb #f8495e50
 def _table(path, n):
     "The labels of an index"
     try: table = pd.read_csv(path, dtype=dict(path=str, identity=str, video=str))
@@ -241,7 +243,7 @@ def _table(path, n):
     if wrong: raise BadFile(path, "rows and groups from 0, classes up to 7", "other numbers")
     return table
 
-# %% ../nbs/09_retrieval.ipynb #67bb5c28
+# %% ../nbs/09_retrieval.ipynb #3ea24334
 def open_index(
     folder,  # of `build_index`
     space: Space | None = None,  # it must be an index of this space
@@ -257,7 +259,7 @@ def open_index(
     if bytes_there != 4 * n * width: raise BadFile(file, f"{n} x {width} numbers, {4 * n * width} bytes", f"{bytes_there} bytes")
     return FaceIndex(folder, about, np.memmap(file, "<f4", "r", shape=(n, width)), _table(folder / "table.csv", n))
 
-# %% ../nbs/09_retrieval.ipynb #8b4f64eb
+# %% ../nbs/09_retrieval.ipynb #8652e2b4
 METRICS = ("l2", "cosine")
 
 
@@ -278,14 +280,14 @@ def vectors(
             for a in range(0, shape[0], 1 << 15): f.write(_unit(self.features[a:a + (1 << 15)]).astype("<f4").tobytes())
     return np.memmap(path, "<f4", "r", shape=shape)
 
-# %% ../nbs/09_retrieval.ipynb #ee63ead8
+# %% ../nbs/09_retrieval.ipynb #4236e6c1
 def _distances(found, metric):
     "FAISS's squared distances, or inner products, as distances; inf where nothing was found"
     values, rows = found
     out = np.sqrt(np.maximum(values, 0)) if metric == "l2" else 1 - values
     return np.where(rows < 0, np.inf, out).astype(np.float32), rows
 
-# %% ../nbs/09_retrieval.ipynb #40db3273
+# %% ../nbs/09_retrieval.ipynb #988afc1d
 @patch
 def _queries(self: FaceIndex, x, metric):
     "Queries as FAISS takes them"
@@ -294,7 +296,7 @@ def _queries(self: FaceIndex, x, metric):
     if not np.isfinite(x).all(): raise EmocaError("a query has no place in this space: some of its numbers are not finite")
     return _unit(x) if metric == "cosine" else x
 
-# %% ../nbs/09_retrieval.ipynb #41eb7081
+# %% ../nbs/09_retrieval.ipynb #fb4f2b3c
 @patch
 def search(
     self: FaceIndex,
@@ -309,7 +311,7 @@ def search(
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     return _distances(faiss.knn(x, self.vectors(metric), k, metric=kind), metric)
 
-# %% ../nbs/09_retrieval.ipynb #8e6fe793
+# %% ../nbs/09_retrieval.ipynb #efbbe4f1
 def one_per_group(
     groups: np.ndarray,  # (Q,C) group of each candidate, nearest first; -1: none
     own: np.ndarray,  # (Q,) group of the query, which does not count; -1: none
@@ -317,17 +319,27 @@ def one_per_group(
     candidates: int,  # how many may be looked at, own ones not counted
 ) -> np.ndarray:  # (Q,k) their places among the candidates, -1 where there are too few
     "The nearest candidate of each group."
-    use = (groups >= 0) & (groups != own[:, None])
-    use &= use.cumsum(1) <= candidates
-    key = np.where(use, groups, -1) + np.arange(len(groups))[:, None] * (groups.max(initial=0) + 2)
-    first = np.zeros(groups.size, bool)
-    first[np.unique(key, return_index=True)[1]] = True
-    first = first.reshape(groups.shape) & use
-    place = np.argsort(~first, axis=1, kind="stable")[:, :k]
-    place = np.where(np.take_along_axis(first, place, 1), place, -1)
-    return np.pad(place, ((0, 0), (0, k - place.shape[1])), constant_values=-1)
+    place = np.full((len(groups), k), -1)
+    _pick(np.ascontiguousarray(groups), own, candidates, place)
+    return place
 
-# %% ../nbs/09_retrieval.ipynb #0fa3669f
+
+@_jit
+def _pick(groups, own, candidates, place):
+    for q in range(len(groups)):
+        looked = n = 0
+        for c in range(groups.shape[1]):
+            group = groups[q, c]
+            if group < 0 or group == own[q]: continue
+            looked += 1
+            if looked > candidates or n == place.shape[1]: break
+            new = True
+            for i in range(n): new &= groups[q, place[q, i]] != group
+            if new:
+                place[q, n] = c
+                n += 1
+
+# %% ../nbs/09_retrieval.ipynb #81088be6
 @dataclass(frozen=True)
 class Neighbours:
     "What was found for Q queries."
@@ -336,7 +348,7 @@ class Neighbours:
 
     def __len__(self): return len(self.number)
 
-# %% ../nbs/09_retrieval.ipynb #fd198c1b
+# %% ../nbs/09_retrieval.ipynb #222e18b4
 @patch
 def neighbours(
     self: FaceIndex,
@@ -349,17 +361,16 @@ def neighbours(
     "The nearest faces of different videos."
     if k < 1 or candidates is not None and candidates < 1: raise EmocaError(f"{k} neighbours from {candidates} candidates: ask for at least one")
     own = np.full(len(np.atleast_2d(x)), -1) if own is None else np.asarray(own)
-    most = np.bincount(self.group)
     wanted = candidates or 100
     while True:
-        distance, number = self.search(x, wanted + (most[own[own >= 0]].max(initial=0)), **how)
+        distance, number = self.search(x, wanted + self.faces_in[own[own >= 0]].max(initial=0), **how)
         place = one_per_group(np.where(number < 0, -1, self.group[number]), own, k, wanted)
         if candidates or (place >= 0).all() or number.shape[1] == len(self): break
         wanted *= 4
     take = lambda values, absent: np.where(place < 0, absent, np.take_along_axis(values, np.maximum(place, 0), 1))
     return Neighbours(take(number, -1), take(distance, np.float32(np.inf)))
 
-# %% ../nbs/09_retrieval.ipynb #fafd18df
+# %% ../nbs/09_retrieval.ipynb #231127bb
 @patch
 def of(
     self: FaceIndex,
@@ -370,19 +381,19 @@ def of(
     number = np.asarray(number)
     return self.neighbours(self.features[number], own=self.group[number], **how)
 
-# %% ../nbs/09_retrieval.ipynb #6350729a
+# %% ../nbs/09_retrieval.ipynb #d07116a7
 @patch
 def build_lists(
     self: FaceIndex,
     metric: str = "l2",  # one of METRICS
-    lists: int | None = None,  # how many; None: about 4 times the root of the number of vectors
+    lists: int | None = None,  # how many; None: about the root of the number of vectors
     sample: int = 64,  # vectors per list that k-means sees
     seed: int = 0,  # of the sample
     chunk: int = 1 << 16,  # vectors added at a time
 ) -> Path:  # the file
     "Write the approximate index; a file that is there is replaced."
     x, n = self.vectors(metric), len(self)
-    lists = max(1, min(lists or 2 ** round(math.log2(4 * math.sqrt(n))), n // 8))
+    lists = max(1, min(lists or 2 ** round(math.log2(n) / 2), n // 8))
     ivf = faiss.index_factory(x.shape[1], f"IVF{lists},Flat", faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
     ivf.cp.min_points_per_centroid, ivf.cp.seed = 1, seed
     rows = np.sort(np.random.default_rng(seed).choice(n, min(n, lists * sample), replace=False))
@@ -393,7 +404,7 @@ def build_lists(
     self.lists.pop(metric, None)
     return path
 
-# %% ../nbs/09_retrieval.ipynb #c547aa82
+# %% ../nbs/09_retrieval.ipynb #9b0af69b
 @patch
 def _approximate(self: FaceIndex, metric):
     "The approximate index, mapped from its file"
@@ -415,7 +426,7 @@ def recall(
     "Share of the exact neighbours that were found."
     return float(np.mean([np.isin(e[e >= 0], f).mean() for f, e in zip(found, exact)]))
 
-# %% ../nbs/09_retrieval.ipynb #711f7261
+# %% ../nbs/09_retrieval.ipynb #7f5e5302
 def _shares(labels, group):
     "For (query label, query group): the mean share of a label over all other groups, and how many of them have it"
     known = labels >= 0
@@ -430,7 +441,7 @@ def _shares(labels, group):
         return (total.get(l, 0) - own(l, g, share)) / (groups - 1), has.get(l, 0) - ((l, g) in count.index)
     return ask
 
-# %% ../nbs/09_retrieval.ipynb #c124e527
+# %% ../nbs/09_retrieval.ipynb #5f61a15c
 def _gain(relevant):
     "Discounted gain of (Q,k) hits"
     return (relevant / np.log2(np.arange(relevant.shape[1]) + 2)).sum(1)
@@ -452,7 +463,7 @@ def class_measures(
     measures = dict(precision=(hit.mean(1), 1.0), ndcg=(_gain(hit), _gain(best)), best=(best.mean(1), 1.0), chance=(chance, 1.0))
     return pd.DataFrame({name: ratio(*of) for name, of in measures.items()})
 
-# %% ../nbs/09_retrieval.ipynb #e69670f6
+# %% ../nbs/09_retrieval.ipynb #5bdf5b85
 def affect_measures(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -482,7 +493,7 @@ def identity_measures(
     says = (chance > 0) & there.any(1)
     return pd.DataFrame(dict(same_person=np.where(says, same, np.nan), same_chance=np.where(says, chance, np.nan)))
 
-# %% ../nbs/09_retrieval.ipynb #d27e3ea8
+# %% ../nbs/09_retrieval.ipynb #bb85799e
 def judge(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -508,7 +519,7 @@ def interval(
     picks = parts[np.random.default_rng(seed).integers(len(parts), size=(draws, len(parts)))].sum(1)
     return tuple(np.quantile(picks[:, 0] / picks[:, 1], [0.025, 0.975]).tolist())
 
-# %% ../nbs/09_retrieval.ipynb #76f69516
+# %% ../nbs/09_retrieval.ipynb #f477188e
 def summary(
     judged: pd.DataFrame,  # of `judge`
 ) -> pd.Series:
@@ -526,7 +537,7 @@ def per_class(
     by = judged[judged.expression >= 0].groupby("expression")[column].mean()
     return by.rename(index=dict(enumerate(EMOTIONS))).rename(column)
 
-# %% ../nbs/09_retrieval.ipynb #6ab6e756
+# %% ../nbs/09_retrieval.ipynb #19f5a1c5
 def _small(picture, size):
     "A picture (3,H,W) as a square"
     return nn.functional.interpolate(picture[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
@@ -555,16 +566,18 @@ def neighbour_sheet(
             titles += [_caption(index, i, d) if i >= 0 else "" for i, d in zip(near.number[q], near.distance[q])]
     return contact_sheet(torch.stack(pictures), first[2].number.shape[1] + 1, titles, **options)
 
-# %% ../nbs/09_retrieval.ipynb #c1bf5966
+# %% ../nbs/09_retrieval.ipynb #4f7e3e54
 class FaceStrip(anywidget.AnyWidget):
     "Pictures in a row that can be clicked."
     faces = traitlets.List().tag(sync=True)  # of dicts: src (data URI), text, tip
+    title = traitlets.Unicode("").tag(sync=True)
     _esm = """
     export default {
       render({ model, el }) {
-        const strip = document.createElement("div");
+        const strip = document.createElement("div"), title = document.createElement("div");
         strip.className = "emoca-strip";
-        el.appendChild(strip);
+        title.textContent = model.get("title");
+        el.append(title, strip);
         const draw = () => strip.replaceChildren(...model.get("faces").map((face, i) => {
           const button = document.createElement("button");
           button.title = face.tip;
@@ -583,17 +596,17 @@ class FaceStrip(anywidget.AnyWidget):
     };
     """
     _css = """
-    .emoca-strip { display: flex; flex-wrap: wrap; gap: 4px; }
+    .emoca-strip { display: flex; flex-wrap: wrap; gap: 3px; }
     .emoca-strip button { display: flex; flex-direction: column; align-items: center; padding: 2px; border: 2px solid transparent; border-radius: 4px;
                           background: none; color: inherit; font-size: 11px; cursor: pointer; }
     .emoca-strip button:hover, .emoca-strip button:focus-visible { border-color: #1976d2; outline: none; }
-    .emoca-strip img { width: 88px; height: 88px; object-fit: cover; }
+    .emoca-strip img { width: 72px; height: 72px; object-fit: cover; }
     """
 
     def __init__(
         self,
         picked: Callable = lambda i: None,  # called with the number of the clicked picture
-        **options,  # faces, layout
+        **options,  # title, faces, layout
     ):
         super().__init__(**options)
         self.picked = picked
@@ -607,7 +620,7 @@ class FaceStrip(anywidget.AnyWidget):
         number = said.get("clicked") if isinstance(said, dict) else None
         if type(number) is int and 0 <= number < len(self.faces): self.picked(number)
 
-# %% ../nbs/09_retrieval.ipynb #485ee98d
+# %% ../nbs/09_retrieval.ipynb #b9d9eef8
 def _uri(picture):
     "A picture (3,H,W) in [0,1] as a data URI"
     file = io.BytesIO()
@@ -632,7 +645,7 @@ def embed_picture(
     batch = collate([Sample((crop * 255).round().byte(), "the picture")]).to("cpu")
     return space.embed(batch)[0].numpy(), crop, note
 
-# %% ../nbs/09_retrieval.ipynb #4dcd48ee
+# %% ../nbs/09_retrieval.ipynb #1ff1a6f0
 class FaceBrowser(W.VBox):
     "Faces, and those that lie next to them."
     def __init__(
@@ -651,24 +664,25 @@ class FaceBrowser(W.VBox):
         self.others()
         self.ask(self.offered[0])
 
-# %% ../nbs/09_retrieval.ipynb #cb20b353
+# %% ../nbs/09_retrieval.ipynb #31e63c8e
 @patch
 def controls(self: FaceBrowser):
     "Menus, buttons, strips and the line of text"
-    self.space = W.Dropdown(options=list(self.indices), description="space", layout=W.Layout(width="290px"), style=dict(description_width="50px"))
-    self.metric = W.Dropdown(options=METRICS, description="distance", layout=W.Layout(width="170px"), style=dict(description_width="60px"))
-    self.emotion = W.Dropdown(options=["any", *EMOTIONS], description="faces", layout=W.Layout(width="160px"), style=dict(description_width="45px"))
+    self.space = W.Dropdown(options=list(self.indices), description="space", layout=W.Layout(width="235px"), style=dict(description_width="42px"))
+    self.metric = W.Dropdown(options=METRICS, description="distance", layout=W.Layout(width="155px"), style=dict(description_width="62px"))
+    self.emotion = W.Dropdown(options=["any", *EMOTIONS], description="faces", layout=W.Layout(width="135px"), style=dict(description_width="40px"))
     more = W.Button(description="Other faces", layout=W.Layout(width="110px"))
-    self.file = W.FileUpload(accept="image/*", description="Upload a face")
+    self.file = W.FileUpload(accept="image/*", description="Upload a face", layout=W.Layout(width="150px"))
     more.on_click(lambda _: self.others())
     self.emotion.observe(lambda _: self.others(), "value")
     for menu in (self.space, self.metric): menu.observe(lambda _: self.show(), "value")
     self.file.observe(lambda change: self.take(change["new"]), "value")
     self.bar = W.HBox([self.space, self.metric, self.emotion, more, self.file], layout=W.Layout(flex_flow="row wrap"))
-    self.offer, self.near = FaceStrip(lambda i: self.ask(self.offered[i])), FaceStrip(lambda i: self.ask(self.listed[i]))
-    self.query, self.said = FaceStrip(layout=W.Layout(flex="0 0 110px")), W.HTML()
+    self.offer = FaceStrip(lambda i: self.ask(self.offered[i]), title="Pick a face")
+    self.near = FaceStrip(lambda i: self.ask(self.listed[i]), title="Neighbours, nearest first: click one to ask for its own")
+    self.query, self.said = FaceStrip(title="Query", layout=W.Layout(flex="0 0 100px")), W.HTML()
 
-# %% ../nbs/09_retrieval.ipynb #4fa60474
+# %% ../nbs/09_retrieval.ipynb #f61dddea
 @patch
 def _face(self: FaceBrowser, row, text):
     "A face of the data set as an entry of a strip"
@@ -686,7 +700,7 @@ def others(self: FaceBrowser):
     self.offer.faces = [self._face(row, "") for row in self.offered]
     if not len(rows): self.say(f"no face is {self.emotion.value}")
 
-# %% ../nbs/09_retrieval.ipynb #a7284e5f
+# %% ../nbs/09_retrieval.ipynb #fd328542
 @patch
 def ask(
     self: FaceBrowser,
@@ -717,7 +731,7 @@ def say(
     "Write into the line of text."
     self.said.value = f"<span style='color:{'#b00' if bad else 'inherit'}'>{html.escape(text)}</span>"
 
-# %% ../nbs/09_retrieval.ipynb #8e9692db
+# %% ../nbs/09_retrieval.ipynb #98437ac8
 @patch
 def _place(self: FaceBrowser, index):
     "Vector, group and picture of the query, and a remark"
@@ -746,7 +760,7 @@ def show(self: FaceBrowser):
     self.near.faces = [self._face(row, caption) for row, caption in zip(self.listed, captions)]
     self.say(note or f"{len(there)} neighbours from different videos among {len(index)} faces, by {self.space.value}")
 
-# %% ../nbs/09_retrieval.ipynb #6b4d95e9
+# %% ../nbs/09_retrieval.ipynb #2ba5c5dd
 @patch
 def _repr_mimebundle_(self: FaceBrowser, **kwargs):
     pixels = lambda face: torch.from_numpy(read_image(base64.b64decode(face["src"].split(",")[1]))).permute(2, 0, 1) / 255
@@ -754,7 +768,7 @@ def _repr_mimebundle_(self: FaceBrowser, **kwargs):
     still = contact_sheet(torch.stack([_small(pixels(f), 72) for f in strips]), len(strips), ["query", *(f["text"] for f in self.near.faces)], 75)
     return W.VBox._repr_mimebundle_(self, **kwargs) | {"image/jpeg": base64.b64encode(still.data).decode()}
 
-# %% ../nbs/09_retrieval.ipynb #f0ae9a2b
+# %% ../nbs/09_retrieval.ipynb #bfe2f151
 def _aff_wild_labels(root, task, splits):
     "Labels of a task by path, of the splits that are there"
     there, last = [], None

@@ -67,7 +67,7 @@ def becomes(page, which, source):
 def test_faces_are_drawn(page):
     assert [strip(page, s).count() for s in ("offer", "query", "near")] == [5, 1, 5]
     widths = page.evaluate("[...document.querySelectorAll('.emoca-strip img')].map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
-    assert all(natural == 96 and shown == 88 for natural, shown in widths)
+    assert all(natural == 96 and shown == 72 for natural, shown in widths)
     texts = strip(page, "near").all_inner_texts()
     distances = [float(t.split()[-1]) for t in texts]
     assert distances == sorted(distances) and all(t.split()[0] in ("Happy", "Sad", "Anger") for t in texts)
