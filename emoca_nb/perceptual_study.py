@@ -9,11 +9,12 @@ __all__ = ['BASIC', 'SYNONYMS', 'CHOICES', 'QUESTION', 'INSTRUCTIONS', 'HABITS',
            'result_row', 'RatingDesk', 'Habit', 'Crowd', 'blurred', 'draw_world', 'simulate', 'expected_consistency',
            'simulated_results', 'Problem', 'Results', 'read_results', 'screen', 'labels_of', 'hits', 'resampled',
            'mean_share', 'variances', 'total_variance', 'interval', 'consistency', 'gap_tests', 'compare',
-           'count_labels', 'draw_labels', 'draw_figure', 'classifier_agreement', 'rater_agreement', 'draw_kinds',
-           'failed', 'power', 'make_choices', 'preference_tests', 'side_number', 'preferences', 'simulated_choices',
-           'markdown', 'save_figure', 'analyse', 'study_command', 'make_command', 'analyse_command']
+           'count_labels', 'draw_labels', 'draw_figure', 'classifier_agreement', 'read_predictions', 'rater_agreement',
+           'draw_kinds', 'failed', 'power', 'make_choices', 'preference_tests', 'side_number', 'preferences',
+           'simulated_choices', 'markdown', 'save_figure', 'analyse', 'study_command', 'make_command',
+           'analyse_command']
 
-# %% ../nbs/08_perceptual_study.ipynb #2a9dde60
+# %% ../nbs/08_perceptual_study.ipynb #050eedd3
 import base64, csv, hashlib, html, io, itertools, json, re, time
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -30,7 +31,7 @@ from .core import BadFile, EmocaError, atomic_write
 from .faces import read_image
 from .open_head import EMOTIONS
 
-# %% ../nbs/08_perceptual_study.ipynb #31ea9a8a
+# %% ../nbs/08_perceptual_study.ipynb #790bb510
 BASIC = tuple(range(1, 8))  # the seven emotions shown, numbers in EMOTIONS
 
 def choose_pictures(
@@ -46,7 +47,7 @@ def choose_pictures(
     if few: raise EmocaError(f"{each} pictures of each emotion are wanted, there are too few of: {', '.join(few)}; label more, or lower `each`")
     return np.concatenate([rng.choice(rows, each, replace=False) for rows in there.values()])
 
-# %% ../nbs/08_perceptual_study.ipynb #5098410e
+# %% ../nbs/08_perceptual_study.ipynb #0833e6ca
 def choose_easy(
     emotion,  # (N,) numbers in EMOTIONS
     score,  # (N,) how easily each picture is recognised
@@ -58,7 +59,7 @@ def choose_easy(
     chosen = np.lexsort((-frame.score, rank))[:n]
     return np.isin(np.arange(len(frame)), chosen)
 
-# %% ../nbs/08_perceptual_study.ipynb #ba311573
+# %% ../nbs/08_perceptual_study.ipynb #ab24bb80
 SYNONYMS = {"happiness": 1, "sadness": 2, "surprised": 3, "disgusted": 5, "angry": 6}
 _NUMBER = {name.lower(): i for i, name in enumerate(EMOTIONS)} | SYNONYMS | {str(i): i for i in range(8)}
 
@@ -68,7 +69,7 @@ def emotion_number(
     "The emotion that a word means."
     return _NUMBER.get(str(text).strip().lower(), -1)
 
-# %% ../nbs/08_perceptual_study.ipynb #e1d00dd3
+# %% ../nbs/08_perceptual_study.ipynb #7e24c807
 _NEEDED = "picture", "emotion", "easy", "real"
 
 def read_pictures(
@@ -83,7 +84,7 @@ def read_pictures(
     place = {c: [str(Path(path).parent / p) for p in table[c]] for c in table.columns.drop(["picture", "emotion", "easy"])}
     return table.assign(emotion=[emotion_number(e) for e in table.emotion], easy=table.easy.isin(["1", "True", "true", "yes"]), **place)
 
-# %% ../nbs/08_perceptual_study.ipynb #26d6ecd5
+# %% ../nbs/08_perceptual_study.ipynb #dd261553
 def opaque(
     *parts,  # anything with a text
 ) -> str:  # 12 hexadecimal digits
@@ -102,7 +103,7 @@ def make_task(
     task = pd.concat(shown, ignore_index=True).sample(frac=1, random_state=np.random.default_rng([seed, len(method), *method.encode()]))
     return pd.DataFrame(dict(task=opaque(seed, method, *pictures.picture), position=range(1, len(task) + 1), method=method)).join(task.reset_index(drop=True))
 
-# %% ../nbs/08_perceptual_study.ipynb #ac13a7c9
+# %% ../nbs/08_perceptual_study.ipynb #8b1bcf3f
 def make_key(
     pictures: pd.DataFrame,  # columns picture, emotion, easy, real and one per method
     seed: int = 0,  # of the orders
@@ -113,7 +114,7 @@ def make_key(
     if pictures.picture.duplicated().any(): raise EmocaError(f"two pictures are called {pictures.picture[pictures.picture.duplicated()].iloc[0]!r}")
     return pd.concat([make_task(pictures, m, seed) for m in methods], ignore_index=True)
 
-# %% ../nbs/08_perceptual_study.ipynb #f669ac48
+# %% ../nbs/08_perceptual_study.ipynb #ea8d6915
 CHOICES = EMOTIONS  # what a participant can answer
 QUESTION = "Which expression does this face show?"
 INSTRUCTIONS = ("You will see faces, photographs and computer graphics, one at a time. Choose the expression that you see; if there is none, choose Neutral.",
@@ -124,7 +125,7 @@ def _asset(name): return (files("emoca_nb") / "files" / name).read_text(encoding
 
 def _json(value): return json.dumps(value).replace("<", "\\u003c")
 
-# %% ../nbs/08_perceptual_study.ipynb #e2aa143c
+# %% ../nbs/08_perceptual_study.ipynb #1d7f7c1d
 def form(
     n: int,  # questions
     parts=("image",),  # pictures of a question
@@ -141,7 +142,7 @@ def form(
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>\n{_asset("rating.css")}</style></head>\n' \
            f'<body><div id="desk"></div><script type="module">\n{script}\n</script></body></html>\n'
 
-# %% ../nbs/08_perceptual_study.ipynb #5815476c
+# %% ../nbs/08_perceptual_study.ipynb #5ccae69f
 def fill(
     template: str,  # from `form`
     row: dict,  # what each ${word} stands for
@@ -153,7 +154,7 @@ def fill(
         return value
     return re.sub(r"\$\{(\w+)\}", word, template)
 
-# %% ../nbs/08_perceptual_study.ipynb #3e22fcd6
+# %% ../nbs/08_perceptual_study.ipynb #9dd1e60f
 def jpeg(
     path,  # a picture
     size: int = 300,  # longest side, pixels
@@ -171,7 +172,7 @@ def data_uri(
     "A picture as an address that holds it."
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
-# %% ../nbs/08_perceptual_study.ipynb #ab4f7d2f
+# %% ../nbs/08_perceptual_study.ipynb #2b67e6fa
 def file_name(
     path,  # a picture of the study
 ) -> str:
@@ -187,7 +188,7 @@ def batch(
     parts = [p for p in _PARTS if p in key]
     return [dict(task=task) | {f"{part}_{i}": place(path) for part in parts for i, path in zip(rows.position, rows[part])} for task, rows in key.groupby("task", sort=False)]
 
-# %% ../nbs/08_perceptual_study.ipynb #7a20c4c0
+# %% ../nbs/08_perceptual_study.ipynb #839c576c
 def write_table(
     path,  # CSV file
     table: pd.DataFrame,  # what to write
@@ -214,7 +215,7 @@ def write_study(
     write_table(folder / "key.csv", key)
     return folder
 
-# %% ../nbs/08_perceptual_study.ipynb #705372e4
+# %% ../nbs/08_perceptual_study.ipynb #188c4314
 def read_key(
     path,  # key.csv
 ) -> pd.DataFrame:
@@ -229,7 +230,7 @@ def read_key(
     if key.duplicated(["task", "position"]).any(): raise BadFile(path, "each position of a task once", "one twice")
     return key
 
-# %% ../nbs/08_perceptual_study.ipynb #ccaca008
+# %% ../nbs/08_perceptual_study.ipynb #96e5ebea
 def result_row(
     task: str,  # name of the task
     worker: str,  # participant
@@ -240,7 +241,7 @@ def result_row(
     row = dict(HITId=task, AssignmentId=f"{task}-{worker}", WorkerId=worker, WorkTimeInSeconds=round(seconds))
     return row | {"Input.task": task} | {f"Answer.answer_{i}": a for i, a in answers.items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #028f5b60
+# %% ../nbs/08_perceptual_study.ipynb #a5d6aeff
 class RatingDesk(anywidget.AnyWidget):
     "A task in the notebook: a picture at a time, a button and a digit for each choice"
     _esm, _css = _asset("rating.js"), _asset("rating.css")
@@ -266,7 +267,7 @@ class RatingDesk(anywidget.AnyWidget):
         self.resume()
         self.on_msg(lambda _, message, __: self.heard(message))
 
-# %% ../nbs/08_perceptual_study.ipynb #94d252c3
+# %% ../nbs/08_perceptual_study.ipynb #b20007c8
 @patch
 def show(self: RatingDesk,
     place,  # question, from 0
@@ -295,7 +296,7 @@ def heard(self: RatingDesk,
         return self.show(place, str(e))
     self.show(place + 1)
 
-# %% ../nbs/08_perceptual_study.ipynb #2b56c6c5
+# %% ../nbs/08_perceptual_study.ipynb #4242c100
 @patch
 def save(self: RatingDesk):
     "Write the answers so far"
@@ -314,7 +315,7 @@ def resume(self: RatingDesk):
         self.answers, self.seconds = dict(enumerate(kept, 1)), float(row.get("WorkTimeInSeconds", 0))
     self.show(len(self.answers))
 
-# %% ../nbs/08_perceptual_study.ipynb #41a4f4c4
+# %% ../nbs/08_perceptual_study.ipynb #9c89cd0a
 @dataclass(frozen=True)
 class Habit:
     "How a kind of participant answers: in how many questions they do not look, and what they say then."
@@ -336,7 +337,7 @@ class Crowd:
     likeness: float = 10.0  # concentration of the Dirichlet distributions: how alike pictures are
     habits: dict = field(default_factory=lambda: HABITS)  # name -> Habit
 
-# %% ../nbs/08_perceptual_study.ipynb #971cfe2b
+# %% ../nbs/08_perceptual_study.ipynb #68e1a262
 def blurred(
     kept: float,  # on the diagonal
     towards: int | None = None,  # number in EMOTIONS that gets half of the rest; None: all get the same
@@ -347,7 +348,7 @@ def blurred(
     np.fill_diagonal(rest, 0)
     return kept * np.eye(8) + (1 - kept) * rest / rest.sum(1, keepdims=True)
 
-# %% ../nbs/08_perceptual_study.ipynb #c4bdf391
+# %% ../nbs/08_perceptual_study.ipynb #0a99037d
 def _near(rows, likeness, rng):
     "Rows drawn around given ones from Dirichlet distributions, cumulated"
     drawn = rng.standard_gamma(np.maximum(likeness * rows, 1e-3), dtype=np.float32).cumsum(-1)
@@ -370,7 +371,7 @@ def draw_world(
     world = dict(real=np.where(easy, crowd.easy[emotion].cumsum(-1), ordinary).astype(np.float32))
     return world | {m: _near(np.broadcast_to(rows, (studies, I, 8, 8)), crowd.likeness, rng) for m, rows in crowd.rendering.items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #fcaaf585
+# %% ../nbs/08_perceptual_study.ipynb #ff71d428
 def _distracted(labels, lapse, favourite, rng):
     "Labels (S,P,I), some of which were given without looking: `lapse` (S,P), `favourite` (S,P) -1: any"
     blind, any_label = rng.random(labels.shape) < lapse[..., None], rng.integers(8, size=labels.shape)
@@ -395,7 +396,7 @@ def simulate(
     shown = world[method][study, picture, seen]
     return {k: _distracted(x, lapse, favourite, rng) for k, x in dict(real=seen, again=anew, rendering=_pick(shown, rng)).items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #e6990cda
+# %% ../nbs/08_perceptual_study.ipynb #9dcd0bac
 def expected_consistency(
     crowd: Crowd,  # what is seen
     emotion,  # (I,) of the pictures
@@ -409,7 +410,7 @@ def expected_consistency(
     both, c = looked.var() + looked.mean() ** 2, (means @ np.diag(crowd.rendering[method])).mean()
     return float(both * c + (1 - both) / 8)
 
-# %% ../nbs/08_perceptual_study.ipynb #fd02f1a8
+# %% ../nbs/08_perceptual_study.ipynb #bf1389f7
 def simulated_results(
     key: pd.DataFrame,  # of the study
     crowd: Crowd,  # who answers
@@ -428,7 +429,7 @@ def simulated_results(
             rows.append(result_row(task, f"simulated-{habit}-{len(rows) + 1:03d}", labels) | dict(Simulated=habit))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #47ddc5b8
+# %% ../nbs/08_perceptual_study.ipynb #35b8b2f5
 @dataclass(frozen=True)
 class Problem:
     "Something in a results file that is not as it should be, and what became of it."
@@ -453,7 +454,7 @@ def _text(path, problems):
         if "\ufffd" in line.decode("utf-8", errors="replace"): problems.append(Problem(Path(path).name, number, "not UTF-8; the letters in question are shown as \ufffd"))
     return text
 
-# %% ../nbs/08_perceptual_study.ipynb #b523ba75
+# %% ../nbs/08_perceptual_study.ipynb #f431b21f
 def _rows(path, problems):
     "The rows of a CSV file as (line, dict); what cannot be read is left out"
     name, text = Path(path).name, _text(path, problems)
@@ -471,7 +472,7 @@ def _rows(path, problems):
     except csv.Error as e: problems.append(Problem(name, start, f"not a CSV line ({e}); the file is left out from here on"))
     return header, out
 
-# %% ../nbs/08_perceptual_study.ipynb #37693edc
+# %% ../nbs/08_perceptual_study.ipynb #35e4840c
 _COLUMNS = "WorkerId", "AssignmentId", "Input.task"
 
 def _refused(row, tasks, seen):
@@ -487,7 +488,7 @@ def _refused(row, tasks, seen):
             there = row.get(f"Input.{part}_{i}", "").rpartition("/")[2]
             if there and there != file_name(path): return f"{part} {i} is {there!r}, but the key says {file_name(path)!r}: another study's?"
 
-# %% ../nbs/08_perceptual_study.ipynb #4ab1ed4d
+# %% ../nbs/08_perceptual_study.ipynb #1fd85eca
 def _labels(row, positions, number):
     "Answers of one assignment, -1 where there is none, and what is wrong with them"
     words = {i: row.get(f"Answer.answer_{i}", "") for i in positions}
@@ -510,7 +511,7 @@ def _read_file(path, tasks, number, seen, problems):
         seen |= {row["WorkerId"]: f"{name}, line {line}", row["AssignmentId"]: f"{name}, line {line}"}
         yield task.assign(worker=row["WorkerId"], answer=task.position.map(labels))
 
-# %% ../nbs/08_perceptual_study.ipynb #ea7c6fc5
+# %% ../nbs/08_perceptual_study.ipynb #98dd1724
 @dataclass(frozen=True, eq=False)
 class Results:
     "Answers that are sound, and what was left out."
@@ -532,7 +533,7 @@ def read_results(
     if not parts: raise EmocaError(f"{path}: there is no assignment that can be used\n" + "\n".join(map(str, problems[:10])))
     return Results(pd.concat(parts, ignore_index=True), tuple(problems))
 
-# %% ../nbs/08_perceptual_study.ipynb #883fd640
+# %% ../nbs/08_perceptual_study.ipynb #6dca733c
 def screen(
     table: pd.DataFrame,  # from `read_results`
     fails: int = 2,  # so many samples failed, and a participant is discarded
@@ -545,7 +546,7 @@ def screen(
     counts = counts.groupby(["worker", "method"])[["misclassified", "inconsistent"]].sum().reset_index("method")
     return counts.assign(kept=counts.misclassified < fails)
 
-# %% ../nbs/08_perceptual_study.ipynb #0fa7a489
+# %% ../nbs/08_perceptual_study.ipynb #70c087ef
 def labels_of(
     table: pd.DataFrame,  # from `read_results`
     method: str,  # whose tasks
@@ -559,8 +560,8 @@ def labels_of(
 def hits(
     table: pd.DataFrame,  # from `read_results`
     method: str,  # whose tasks
-    a: str = "real",  # see `labels_of`
-    b: str = "rendering",
+    a: str = "real",  # one label, see `labels_of`
+    b: str = "rendering",  # the other
 ) -> pd.DataFrame:  # participants x pictures, 1 where the labels are the same, NaN where one is missing; without those that have none
     "Where two labels of a participant agree."
     x, y = labels_of(table, method, a).align(labels_of(table, method, b))
@@ -569,7 +570,7 @@ def hits(
 
 def _with_any(frame): return frame.dropna(how="all").dropna(how="all", axis=1)
 
-# %% ../nbs/08_perceptual_study.ipynb #3170febe
+# %% ../nbs/08_perceptual_study.ipynb #974c8a15
 def resampled(
     hits: np.ndarray,  # (P,I) 0, 1 or NaN
     participants: np.ndarray,  # (D,P) how often each was drawn
@@ -589,7 +590,7 @@ def mean_share(
     "The mean over participants of their shares."
     return float(resampled(hits, np.ones((1, hits.shape[0])), np.ones((1, hits.shape[1])))[0])
 
-# %% ../nbs/08_perceptual_study.ipynb #a130f6a2
+# %% ../nbs/08_perceptual_study.ipynb #e7a59cbc
 def variances(
     hits: np.ndarray,  # (...,P,I) 0, 1 or NaN
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (...) each: over participants, over pictures, of what is left
@@ -603,14 +604,14 @@ def variances(
 
 
 def total_variance(
-    people: np.ndarray,  # the parts, see `variances`
-    pictures: np.ndarray,
-    left: np.ndarray,
+    people: np.ndarray,  # over participants, see `variances`
+    pictures: np.ndarray,  # over pictures
+    left: np.ndarray,  # of what is left
 ) -> np.ndarray:
     "The variance of a mean over participants and pictures."
     return np.fmax(people + pictures - left, np.maximum(people, pictures))
 
-# %% ../nbs/08_perceptual_study.ipynb #b7f3fb98
+# %% ../nbs/08_perceptual_study.ipynb #76f136a8
 OVER = "participants", "pictures"
 
 def _drawn(n, draws, rng, resample=True): return rng.multinomial(n, np.full(n, 1 / n), draws) if resample else np.ones((draws, n))
@@ -634,22 +635,23 @@ def interval(
     if over == OVER and min(hits.shape) > 1: values = _scaled(values, mean_share(hits), total_variance(*variances(hits)))
     return tuple(np.quantile(values[~np.isnan(values)], [(1 - level) / 2, (1 + level) / 2]).clip(0, 1).tolist())
 
-# %% ../nbs/08_perceptual_study.ipynb #b572e3c1
+# %% ../nbs/08_perceptual_study.ipynb #3a2420ec
 PAPER = {"EMOCA (coarse)": 0.68, "EMOCA (detail)": 0.65, "Deep3DFace": 0.37, "DECA (coarse)": 0.33, "MGCNet": 0.32, "DECA (detail)": 0.31, "3DDFA_V2": 0.31}
 
 def consistency(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     draws: int = 2000,  # of the bootstrap
-) -> pd.DataFrame:  # a row for each method: participants, pictures, consistency, low, high
+) -> pd.DataFrame:  # a row for each method: participants, pictures, consistency, low, high; published where the paper has it
     "Consistency of each method with its interval."
     rows = {}
     for method in table.method.unique():
         h = hits(table, method)
         low, high = interval(h, draws=draws)
         rows[method] = dict(participants=h.shape[0], pictures=h.shape[1], consistency=mean_share(h), low=low, high=high)
+        if method in PAPER: rows[method]["published"] = PAPER[method]
     return pd.DataFrame(rows).T.astype(dict(participants=int, pictures=int)).sort_values("consistency", ascending=False).rename_axis("method")
 
-# %% ../nbs/08_perceptual_study.ipynb #57eeb2e8
+# %% ../nbs/08_perceptual_study.ipynb #75740709
 def _p_value(difference, variance, *parts):
     "Two-sided p of a difference; `parts` are pairs (variance, degrees of freedom)"
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -668,7 +670,7 @@ def gap_tests(
     people, pictures = ((xp, x.shape[-2] - 1), (yp, y.shape[-2] - 1)), ((vi, I - 1),)
     return dict(participants=_p_value(d, xp + yp, *people), pictures=_p_value(d, vi, *pictures), both=_p_value(d, total_variance(xp + yp, vi, xe + ye), *people, *pictures))
 
-# %% ../nbs/08_perceptual_study.ipynb #ded44f45
+# %% ../nbs/08_perceptual_study.ipynb #0f509dd3
 def compare(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     draws: int = 2000,  # of the bootstrap
@@ -685,7 +687,7 @@ def compare(
     for c in (*OVER, "both"): tests[c] = multipletests(tests[c].to_numpy(float), method="holm")[1] if len(tests) else []
     return tests
 
-# %% ../nbs/08_perceptual_study.ipynb #390bdb79
+# %% ../nbs/08_perceptual_study.ipynb #95588420
 def _gap_interval(x, y, draws, rng):
     "Bootstrap interval of a difference, over both methods' participants and the pictures they share"
     n = _drawn(x.shape[1], draws, rng)
@@ -696,7 +698,7 @@ def _gap_interval(x, y, draws, rng):
         gaps = _scaled(gaps, mean_share(x) - mean_share(y), total_variance(xp + yp, pictures, xe + ye))
     return dict(zip(("low", "high"), np.quantile(gaps, [0.025, 0.975])))
 
-# %% ../nbs/08_perceptual_study.ipynb #685a2e7f
+# %% ../nbs/08_perceptual_study.ipynb #b0798ba0
 def count_labels(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     rows: str = "real",  # real, rendering, truth
@@ -710,7 +712,7 @@ def count_labels(
         out[method] = confusion_matrix(both[0], both[1], labels=range(8))
     return out
 
-# %% ../nbs/08_perceptual_study.ipynb #8c0dbeae
+# %% ../nbs/08_perceptual_study.ipynb #a7f98df0
 def draw_labels(
     counts: dict,  # method -> (8,8), see `count_labels`
     rows: str,  # what the rows are
@@ -727,13 +729,13 @@ def draw_labels(
         place = y - 0.43 + (k + 0.5) * height
         ax.barh(place.ravel(), 0.72 * share.ravel(), height * 0.92, x.ravel() - 0.5, color=f"C{k}", label=method)
         for i, j in np.ndindex(*share.shape):
-            if matrix[shown[i], j]: ax.text(j - 0.48 + 0.72 * share[i, j], place[i, j], matrix[shown[i], j], va="center", fontsize=6)
+            if matrix[shown[i], j]: ax.text(j - 0.48 + 0.72 * share[i, j], place[i, j], matrix[shown[i], j], va="center", fontsize=7)
     _label_grid(ax, shown, rows, columns)
     fig.legend(loc="outside lower center", ncols=min(4, len(counts)), frameon=False)
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/08_perceptual_study.ipynb #74ef7989
+# %% ../nbs/08_perceptual_study.ipynb #36553dc1
 def _label_grid(ax, shown, rows, columns):
     "Names and lines of a matrix of cells"
     for i in range(len(shown) + 1): ax.axhline(i - 0.5, color="0.85", lw=0.6)
@@ -744,7 +746,7 @@ def _label_grid(ax, shown, rows, columns):
     ax.xaxis.set_ticks_position("top")
     ax.xaxis.set_label_position("top")
 
-# %% ../nbs/08_perceptual_study.ipynb #07c6ae8f
+# %% ../nbs/08_perceptual_study.ipynb #eba44274
 _NAMES = dict(real="label of the photograph", rendering="label of the rendering", truth="ground truth")
 FIGURES = {"photograph_rendering": ("real", "rendering"), "truth_rendering": ("truth", "rendering"), "truth_photograph": ("truth", "real")}  # Figs. 9, 10, 11
 
@@ -757,7 +759,7 @@ def draw_figure(
     rows, columns = FIGURES[name]
     return draw_labels(count_labels(table, rows, columns), _NAMES[rows], _NAMES[columns], f"{_NAMES[rows]}, {_NAMES[columns]}: {about}")
 
-# %% ../nbs/08_perceptual_study.ipynb #dac0a861
+# %% ../nbs/08_perceptual_study.ipynb #18334f5e
 def classifier_agreement(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     predictions: dict,  # method -> {picture: number in EMOTIONS}
@@ -766,6 +768,7 @@ def classifier_agreement(
     "How often a classifier says what participants say."
     rows = {}
     for method, said in predictions.items():
+        if method not in set(table.method): continue
         rows[method] = {}
         for kind in ("real", "rendering"):
             labels = labels_of(table, method, kind)
@@ -774,7 +777,20 @@ def classifier_agreement(
             rows[method] |= {kind: mean_share(h)} | dict(zip((f"{kind}_low", f"{kind}_high"), interval(h, draws=draws)))
     return pd.DataFrame(rows).T.rename_axis("method")
 
-# %% ../nbs/08_perceptual_study.ipynb #e8b567c0
+# %% ../nbs/08_perceptual_study.ipynb #805573c6
+def read_predictions(
+    path,  # CSV with columns picture, method, emotion
+) -> dict[str, dict[str, int]]:  # method -> {picture: number in EMOTIONS}
+    "A classifier's labels."
+    wanted = "picture", "method", "emotion"
+    try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as e: raise BadFile(path, f"a CSV table with the columns {', '.join(wanted)}", f"{e!s:.200}") from None
+    if lost := [c for c in wanted if c not in table]: raise BadFile(path, f"the columns {', '.join(wanted)}", f"no {', '.join(lost)}")
+    number = table.emotion.map(emotion_number)
+    if (number < 0).any(): raise BadFile(path, f"in `emotion` one of {', '.join(EMOTIONS)}", f"{table.emotion[number < 0].iloc[0]!r} in line {(number < 0).argmax() + 2}")
+    return {m: dict(zip(rows.picture, number[rows.index])) for m, rows in table.groupby("method")}
+
+# %% ../nbs/08_perceptual_study.ipynb #a004ca9e
 def rater_agreement(
     table: pd.DataFrame,  # from `read_results`, without the discarded
 ) -> pd.DataFrame:  # a row for each method and kind: participants, alpha, kappa
@@ -788,7 +804,7 @@ def rater_agreement(
         rows.append(dict(method=method, kind=kind, participants=len(labels), alpha=alpha, kappa=kappa))
     return pd.DataFrame(rows).set_index(["method", "kind"])
 
-# %% ../nbs/08_perceptual_study.ipynb #33b3a7dd
+# %% ../nbs/08_perceptual_study.ipynb #4d9122ed
 def draw_kinds(
     crowd: Crowd,  # whose habits
     shares: dict,  # habit -> share of the participants
@@ -808,7 +824,7 @@ def failed(
     wrong = (said["real"] != emotion) | (said["again"] != emotion)
     return wrong[..., easy].sum(-1)
 
-# %% ../nbs/08_perceptual_study.ipynb #79c06dca
+# %% ../nbs/08_perceptual_study.ipynb #3055897e
 def power(
     kept: tuple,  # consistency of two methods, on a photograph whose label is sure
     crowd: Crowd,  # how photographs are seen, and habits
@@ -825,7 +841,7 @@ def power(
     x, y = ((s["real"] == s["rendering"]).astype(float) for s in (simulate(world, m, kinds, pair, rng) for m in names))
     return {over: float((p <= 0.05).mean()) for over, p in gap_tests(x, y).items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #8fac64df
+# %% ../nbs/08_perceptual_study.ipynb #0ae8e599
 SIDES = "Left", "Right"
 
 def make_choices(
@@ -847,7 +863,7 @@ def make_choices(
         tasks.append(_choice_task(pictures, ours, others, rng.permutation(chosen), rng).assign(task=opaque(seed, "choice", p)))
     return pd.concat(tasks, ignore_index=True)
 
-# %% ../nbs/08_perceptual_study.ipynb #beea4ee2
+# %% ../nbs/08_perceptual_study.ipynb #db66ef75
 def _least_asked(asked, sets, n, rng):
     "Pairs (competitor, picture) of one participant, no picture twice; they are counted in `asked`"
     pairs, used = [], np.zeros(asked.shape[1], bool)
@@ -868,7 +884,7 @@ def _choice_task(pictures, ours, others, pairs, rng):
         rows.append(dict(task="", position=position, method=others[k], picture=p.picture, ours=SIDES[not left], image=str(p.real), left=str(p[sides[0]]), right=str(p[sides[1]])))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #c9d340b9
+# %% ../nbs/08_perceptual_study.ipynb #b5131217
 def preference_tests(
     wins: dict,  # competitor -> how often the own method was chosen
     losses: dict,  # competitor -> how often the competitor was
@@ -883,7 +899,7 @@ def preference_tests(
     verdict = np.where(p >= level, "no difference shown", np.where(2 * frame.wins > total, "ours preferred", "theirs preferred"))
     return frame.assign(share=frame.wins / total, low=low, high=high, p=p, verdict=verdict)
 
-# %% ../nbs/08_perceptual_study.ipynb #4062f944
+# %% ../nbs/08_perceptual_study.ipynb #3a09e749
 def side_number(
     text,  # Left or Right
 ) -> int:  # 0, 1; -1: neither
@@ -903,7 +919,7 @@ def preferences(
     with np.errstate(all="ignore"): raw = [np.nan_to_num(stats.ttest_1samp(balance[m].dropna(), 0).pvalue, nan=1.0) for m in balance]
     return preference_tests(*counts, level).assign(participants=pd.Series(multipletests(raw, method="bonferroni")[1], balance.columns))
 
-# %% ../nbs/08_perceptual_study.ipynb #6180c829
+# %% ../nbs/08_perceptual_study.ipynb #0a0e339a
 def simulated_choices(
     key: pd.DataFrame,  # from `make_choices`
     share: dict,  # competitor -> how often the own method is preferred to it
@@ -919,17 +935,20 @@ def simulated_choices(
         rows.append(result_row(task, f"simulated-{i + 1:03d}", dict(zip(shown.position, side))) | dict(Simulated="yes"))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #37a8a6c1
+# %% ../nbs/08_perceptual_study.ipynb #acc2bde1
 def markdown(
     table: pd.DataFrame,  # with a named index
     digits: int = 3,  # after the point
 ) -> str:
     "A table as Markdown."
-    flat = table.reset_index().map(lambda x: f"{x:.{digits}f}" if isinstance(x, float) else str(x))
+    def text(x):
+        if not isinstance(x, float): return str(x)
+        return "" if np.isnan(x) else f"{x:.{digits}f}" if x == 0 or abs(x) >= 10.0**-digits else f"{x:.0e}"
+    flat = table.reset_index().map(text)
     rows = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *flat.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #1e8ac250
+# %% ../nbs/08_perceptual_study.ipynb #72c84863
 def save_figure(
     figure: plt.Figure,  # to be written
     path,  # .png
@@ -945,11 +964,12 @@ def _left_out(results, screened):
     out = [str(p) for p in results.problems] + [f"{r.method}: a participant misclassified {r.misclassified} qualification samples and is discarded" for r in fails.itertuples()]
     return "\n".join(f"- {line}" for line in out) or "nothing"
 
-# %% ../nbs/08_perceptual_study.ipynb #e39628ac
+# %% ../nbs/08_perceptual_study.ipynb #259724bc
 def analyse(
     results: Results,  # from `read_results`
     folder,  # of the report
     about: str,  # whose answers these are
+    predictions: dict | None = None,  # a classifier's, see `classifier_agreement`
     draws: int = 2000,  # of the bootstrap
 ) -> pd.DataFrame:  # consistency of each method
     "Screen participants, and write tables and figures of a study."
@@ -957,6 +977,7 @@ def analyse(
     kept = results.table[results.table.worker.isin(screened.index[screened.kept])]
     if not len(kept): raise EmocaError("all participants fail the qualification samples; there is nothing left to analyse")
     tables = dict(consistency=consistency(kept, draws), comparisons=compare(kept, draws), agreement=rater_agreement(kept))
+    if predictions: tables["classifier"] = classifier_agreement(kept, predictions, draws)
     for name, table in tables.items(): write_table(folder / f"{name}.csv", table.reset_index().round(4))
     for name in FIGURES: save_figure(draw_figure(kept, name, about), folder / f"{name}.png")
     parts = ["# Perceptual study", f"{about}: {len(screened)} participants, {screened.kept.sum()} kept", *(f"## {n.capitalize()}\n\n{markdown(t)}" for n, t in tables.items())]
@@ -964,7 +985,7 @@ def analyse(
     with atomic_write(folder / "results.md") as file: file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return tables["consistency"]
 
-# %% ../nbs/08_perceptual_study.ipynb #f43b7c1f
+# %% ../nbs/08_perceptual_study.ipynb #79435771
 @click.group("study")
 def study_command():
     "Make a perceptual study's tasks, and analyse its results."
@@ -984,14 +1005,15 @@ def make_command(pictures, folder, base_url, size, seed):
     write_study(key, folder, base_url, size)
     click.echo(f"{folder}: {key.task.nunique()} tasks of {key.position.max()} pictures. key.csv is for you alone.")
 
-# %% ../nbs/08_perceptual_study.ipynb #000590da
+# %% ../nbs/08_perceptual_study.ipynb #0ef95779
 @study_command.command("analyse")
 @click.argument("results", type=click.Path(exists=True, path_type=Path))
 @click.option("--key", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="key.csv of the study.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the report.")
+@click.option("--predictions", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A classifier's labels: CSV with columns picture, method, emotion.")
 @click.option("--draws", default=2000, show_default=True, help="Of the bootstrap.")
-def analyse_command(results, key, out, draws):
+def analyse_command(results, key, out, predictions, draws):
     "Analyse RESULTS, a CSV file or a folder of them."
     found = read_results(results, read_key(key))
     for problem in found.problems: click.echo(problem, err=True)
-    click.echo(analyse(found, out, results.name, draws).round(3).to_string())
+    click.echo(analyse(found, out, results.name, read_predictions(predictions) if predictions else None, draws).round(3).to_string())

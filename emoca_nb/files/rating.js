@@ -21,13 +21,13 @@ function desk(root, question, choices, names, on) {
   root.classList.add("rating");
   root.tabIndex = 0;
   root.dataset.lmSuppressShortcuts = "true"; // digits are JupyterLab's heading levels
-  const pictures = node("div", "rating-pictures"), buttons = node("div", "rating-choices"), foot = node("div", "rating-foot");
+  const asked = node("p", "rating-question", question), pictures = node("div", "rating-pictures"), buttons = node("div", "rating-choices"), foot = node("div", "rating-foot");
   const bar = node("progress"), count = node("span", "rating-count"), note = node("p", "rating-note");
   const back = button("\u2190 back"), next = button("next \u2192");
   buttons.classList.toggle("two", choices.length === 2);
   note.setAttribute("role", "status");
   foot.append(back, bar, count, next);
-  root.replaceChildren(node("p", "rating-question", question), pictures, buttons, foot, note);
+  root.replaceChildren(asked, pictures, buttons, foot, note);
 
   const open = () => state && !waiting && !state.locked;
   function choose(answer) {
@@ -81,7 +81,7 @@ function desk(root, question, choices, names, on) {
     note.textContent = state.note || "";
     if (!same) pictures.replaceChildren(...(state.pictures || []).map(picture));
     pictures.classList.toggle("several", (state.pictures || []).length > 1);
-    buttons.hidden = done;
+    asked.hidden = pictures.hidden = buttons.hidden = done;
     choice.forEach((b, i) => { b.classList.toggle("chosen", i === state.answer); b.setAttribute("aria-pressed", String(i === state.answer)); });
     back.hidden = state.position === 0;
     next.hidden = done || state.answer < 0;
