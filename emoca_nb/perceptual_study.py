@@ -14,7 +14,7 @@ __all__ = ['BASIC', 'SYNONYMS', 'CHOICES', 'QUESTION', 'INSTRUCTIONS', 'HABITS',
            'simulated_choices', 'markdown', 'save_figure', 'analyse', 'study_command', 'make_command',
            'analyse_command']
 
-# %% ../nbs/08_perceptual_study.ipynb #050eedd3
+# %% ../nbs/08_perceptual_study.ipynb #74bda1a8
 import base64, csv, hashlib, html, io, itertools, json, re, time
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -31,7 +31,7 @@ from .core import BadFile, EmocaError, atomic_write
 from .faces import read_image
 from .open_head import EMOTIONS
 
-# %% ../nbs/08_perceptual_study.ipynb #790bb510
+# %% ../nbs/08_perceptual_study.ipynb #a7121872
 BASIC = tuple(range(1, 8))  # the seven emotions shown, numbers in EMOTIONS
 
 def choose_pictures(
@@ -47,7 +47,7 @@ def choose_pictures(
     if few: raise EmocaError(f"{each} pictures of each emotion are wanted, there are too few of: {', '.join(few)}; label more, or lower `each`")
     return np.concatenate([rng.choice(rows, each, replace=False) for rows in there.values()])
 
-# %% ../nbs/08_perceptual_study.ipynb #0833e6ca
+# %% ../nbs/08_perceptual_study.ipynb #59b80fb8
 def choose_easy(
     emotion,  # (N,) numbers in EMOTIONS
     score,  # (N,) how easily each picture is recognised
@@ -59,7 +59,7 @@ def choose_easy(
     chosen = np.lexsort((-frame.score, rank))[:n]
     return np.isin(np.arange(len(frame)), chosen)
 
-# %% ../nbs/08_perceptual_study.ipynb #ab24bb80
+# %% ../nbs/08_perceptual_study.ipynb #29456bc6
 SYNONYMS = {"happiness": 1, "sadness": 2, "surprised": 3, "disgusted": 5, "angry": 6}
 _NUMBER = {name.lower(): i for i, name in enumerate(EMOTIONS)} | SYNONYMS | {str(i): i for i in range(8)}
 
@@ -69,7 +69,7 @@ def emotion_number(
     "The emotion that a word means."
     return _NUMBER.get(str(text).strip().lower(), -1)
 
-# %% ../nbs/08_perceptual_study.ipynb #7e24c807
+# %% ../nbs/08_perceptual_study.ipynb #00be32bc
 _NEEDED = "picture", "emotion", "easy", "real"
 
 def read_pictures(
@@ -84,7 +84,7 @@ def read_pictures(
     place = {c: [str(Path(path).parent / p) for p in table[c]] for c in table.columns.drop(["picture", "emotion", "easy"])}
     return table.assign(emotion=[emotion_number(e) for e in table.emotion], easy=table.easy.isin(["1", "True", "true", "yes"]), **place)
 
-# %% ../nbs/08_perceptual_study.ipynb #dd261553
+# %% ../nbs/08_perceptual_study.ipynb #a2a097d8
 def opaque(
     *parts,  # anything with a text
 ) -> str:  # 12 hexadecimal digits
@@ -103,7 +103,7 @@ def make_task(
     task = pd.concat(shown, ignore_index=True).sample(frac=1, random_state=np.random.default_rng([seed, len(method), *method.encode()]))
     return pd.DataFrame(dict(task=opaque(seed, method, *pictures.picture), position=range(1, len(task) + 1), method=method)).join(task.reset_index(drop=True))
 
-# %% ../nbs/08_perceptual_study.ipynb #8b1bcf3f
+# %% ../nbs/08_perceptual_study.ipynb #bbd90a67
 def make_key(
     pictures: pd.DataFrame,  # columns picture, emotion, easy, real and one per method
     seed: int = 0,  # of the orders
@@ -114,7 +114,7 @@ def make_key(
     if pictures.picture.duplicated().any(): raise EmocaError(f"two pictures are called {pictures.picture[pictures.picture.duplicated()].iloc[0]!r}")
     return pd.concat([make_task(pictures, m, seed) for m in methods], ignore_index=True)
 
-# %% ../nbs/08_perceptual_study.ipynb #ea8d6915
+# %% ../nbs/08_perceptual_study.ipynb #fa99a07d
 CHOICES = EMOTIONS  # what a participant can answer
 QUESTION = "Which expression does this face show?"
 INSTRUCTIONS = ("You will see faces, photographs and computer graphics, one at a time. Choose the expression that you see; if there is none, choose Neutral.",
@@ -125,7 +125,7 @@ def _asset(name): return (files("emoca_nb") / "files" / name).read_text(encoding
 
 def _json(value): return json.dumps(value).replace("<", "\\u003c")
 
-# %% ../nbs/08_perceptual_study.ipynb #1d7f7c1d
+# %% ../nbs/08_perceptual_study.ipynb #d64eb007
 def form(
     n: int,  # questions
     parts=("image",),  # pictures of a question
@@ -142,7 +142,7 @@ def form(
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>\n{_asset("rating.css")}</style></head>\n' \
            f'<body><div id="desk"></div><script type="module">\n{script}\n</script></body></html>\n'
 
-# %% ../nbs/08_perceptual_study.ipynb #5ccae69f
+# %% ../nbs/08_perceptual_study.ipynb #0766146f
 def fill(
     template: str,  # from `form`
     row: dict,  # what each ${word} stands for
@@ -154,7 +154,7 @@ def fill(
         return value
     return re.sub(r"\$\{(\w+)\}", word, template)
 
-# %% ../nbs/08_perceptual_study.ipynb #9dd1e60f
+# %% ../nbs/08_perceptual_study.ipynb #d81f804d
 def jpeg(
     path,  # a picture
     size: int = 300,  # longest side, pixels
@@ -172,7 +172,7 @@ def data_uri(
     "A picture as an address that holds it."
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
-# %% ../nbs/08_perceptual_study.ipynb #2b67e6fa
+# %% ../nbs/08_perceptual_study.ipynb #6ffa5813
 def file_name(
     path,  # a picture of the study
 ) -> str:
@@ -188,7 +188,7 @@ def batch(
     parts = [p for p in _PARTS if p in key]
     return [dict(task=task) | {f"{part}_{i}": place(path) for part in parts for i, path in zip(rows.position, rows[part])} for task, rows in key.groupby("task", sort=False)]
 
-# %% ../nbs/08_perceptual_study.ipynb #839c576c
+# %% ../nbs/08_perceptual_study.ipynb #f5ab44f9
 def write_table(
     path,  # CSV file
     table: pd.DataFrame,  # what to write
@@ -215,7 +215,7 @@ def write_study(
     write_table(folder / "key.csv", key)
     return folder
 
-# %% ../nbs/08_perceptual_study.ipynb #188c4314
+# %% ../nbs/08_perceptual_study.ipynb #0767ec47
 def read_key(
     path,  # key.csv
 ) -> pd.DataFrame:
@@ -230,7 +230,7 @@ def read_key(
     if key.duplicated(["task", "position"]).any(): raise BadFile(path, "each position of a task once", "one twice")
     return key
 
-# %% ../nbs/08_perceptual_study.ipynb #96e5ebea
+# %% ../nbs/08_perceptual_study.ipynb #16da1445
 def result_row(
     task: str,  # name of the task
     worker: str,  # participant
@@ -241,7 +241,7 @@ def result_row(
     row = dict(HITId=task, AssignmentId=f"{task}-{worker}", WorkerId=worker, WorkTimeInSeconds=round(seconds))
     return row | {"Input.task": task} | {f"Answer.answer_{i}": a for i, a in answers.items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #a5d6aeff
+# %% ../nbs/08_perceptual_study.ipynb #3169a9b4
 class RatingDesk(anywidget.AnyWidget):
     "A task in the notebook: a picture at a time, a button and a digit for each choice"
     _esm, _css = _asset("rating.js"), _asset("rating.css")
@@ -267,7 +267,7 @@ class RatingDesk(anywidget.AnyWidget):
         self.resume()
         self.on_msg(lambda _, message, __: self.heard(message))
 
-# %% ../nbs/08_perceptual_study.ipynb #b20007c8
+# %% ../nbs/08_perceptual_study.ipynb #f25b555a
 @patch
 def show(self: RatingDesk,
     place,  # question, from 0
@@ -296,7 +296,7 @@ def heard(self: RatingDesk,
         return self.show(place, str(e))
     self.show(place + 1)
 
-# %% ../nbs/08_perceptual_study.ipynb #4242c100
+# %% ../nbs/08_perceptual_study.ipynb #84375eeb
 @patch
 def save(self: RatingDesk):
     "Write the answers so far"
@@ -315,7 +315,7 @@ def resume(self: RatingDesk):
         self.answers, self.seconds = dict(enumerate(kept, 1)), float(row.get("WorkTimeInSeconds", 0))
     self.show(len(self.answers))
 
-# %% ../nbs/08_perceptual_study.ipynb #9c89cd0a
+# %% ../nbs/08_perceptual_study.ipynb #00954657
 @dataclass(frozen=True)
 class Habit:
     "How a kind of participant answers: in how many questions they do not look, and what they say then."
@@ -337,7 +337,7 @@ class Crowd:
     likeness: float = 10.0  # concentration of the Dirichlet distributions: how alike pictures are
     habits: dict = field(default_factory=lambda: HABITS)  # name -> Habit
 
-# %% ../nbs/08_perceptual_study.ipynb #68e1a262
+# %% ../nbs/08_perceptual_study.ipynb #08c5ce66
 def blurred(
     kept: float,  # on the diagonal
     towards: int | None = None,  # number in EMOTIONS that gets half of the rest; None: all get the same
@@ -348,7 +348,7 @@ def blurred(
     np.fill_diagonal(rest, 0)
     return kept * np.eye(8) + (1 - kept) * rest / rest.sum(1, keepdims=True)
 
-# %% ../nbs/08_perceptual_study.ipynb #0a99037d
+# %% ../nbs/08_perceptual_study.ipynb #9332ef2b
 def _near(rows, likeness, rng):
     "Rows drawn around given ones from Dirichlet distributions, cumulated"
     drawn = rng.standard_gamma(np.maximum(likeness * rows, 1e-3), dtype=np.float32).cumsum(-1)
@@ -371,7 +371,7 @@ def draw_world(
     world = dict(real=np.where(easy, crowd.easy[emotion].cumsum(-1), ordinary).astype(np.float32))
     return world | {m: _near(np.broadcast_to(rows, (studies, I, 8, 8)), crowd.likeness, rng) for m, rows in crowd.rendering.items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #ff71d428
+# %% ../nbs/08_perceptual_study.ipynb #44d3e8ba
 def _distracted(labels, lapse, favourite, rng):
     "Labels (S,P,I), some of which were given without looking: `lapse` (S,P), `favourite` (S,P) -1: any"
     blind, any_label = rng.random(labels.shape) < lapse[..., None], rng.integers(8, size=labels.shape)
@@ -396,7 +396,7 @@ def simulate(
     shown = world[method][study, picture, seen]
     return {k: _distracted(x, lapse, favourite, rng) for k, x in dict(real=seen, again=anew, rendering=_pick(shown, rng)).items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #9dcd0bac
+# %% ../nbs/08_perceptual_study.ipynb #ad3d6191
 def expected_consistency(
     crowd: Crowd,  # what is seen
     emotion,  # (I,) of the pictures
@@ -410,7 +410,7 @@ def expected_consistency(
     both, c = looked.var() + looked.mean() ** 2, (means @ np.diag(crowd.rendering[method])).mean()
     return float(both * c + (1 - both) / 8)
 
-# %% ../nbs/08_perceptual_study.ipynb #bf1389f7
+# %% ../nbs/08_perceptual_study.ipynb #f825ccc8
 def simulated_results(
     key: pd.DataFrame,  # of the study
     crowd: Crowd,  # who answers
@@ -429,7 +429,7 @@ def simulated_results(
             rows.append(result_row(task, f"simulated-{habit}-{len(rows) + 1:03d}", labels) | dict(Simulated=habit))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #35b8b2f5
+# %% ../nbs/08_perceptual_study.ipynb #95b9c52d
 @dataclass(frozen=True)
 class Problem:
     "Something in a results file that is not as it should be, and what became of it."
@@ -454,7 +454,7 @@ def _text(path, problems):
         if "\ufffd" in line.decode("utf-8", errors="replace"): problems.append(Problem(Path(path).name, number, "not UTF-8; the letters in question are shown as \ufffd"))
     return text
 
-# %% ../nbs/08_perceptual_study.ipynb #f431b21f
+# %% ../nbs/08_perceptual_study.ipynb #61c05f05
 def _rows(path, problems):
     "The rows of a CSV file as (line, dict); what cannot be read is left out"
     name, text = Path(path).name, _text(path, problems)
@@ -472,7 +472,7 @@ def _rows(path, problems):
     except csv.Error as e: problems.append(Problem(name, start, f"not a CSV line ({e}); the file is left out from here on"))
     return header, out
 
-# %% ../nbs/08_perceptual_study.ipynb #35e4840c
+# %% ../nbs/08_perceptual_study.ipynb #a509d3bc
 _COLUMNS = "WorkerId", "AssignmentId", "Input.task"
 
 def _refused(row, tasks, seen):
@@ -488,7 +488,7 @@ def _refused(row, tasks, seen):
             there = row.get(f"Input.{part}_{i}", "").rpartition("/")[2]
             if there and there != file_name(path): return f"{part} {i} is {there!r}, but the key says {file_name(path)!r}: another study's?"
 
-# %% ../nbs/08_perceptual_study.ipynb #1fd85eca
+# %% ../nbs/08_perceptual_study.ipynb #ad490f72
 def _labels(row, positions, number):
     "Answers of one assignment, -1 where there is none, and what is wrong with them"
     words = {i: row.get(f"Answer.answer_{i}", "") for i in positions}
@@ -511,7 +511,7 @@ def _read_file(path, tasks, number, seen, problems):
         seen |= {row["WorkerId"]: f"{name}, line {line}", row["AssignmentId"]: f"{name}, line {line}"}
         yield task.assign(worker=row["WorkerId"], answer=task.position.map(labels))
 
-# %% ../nbs/08_perceptual_study.ipynb #98dd1724
+# %% ../nbs/08_perceptual_study.ipynb #fdbbb693
 @dataclass(frozen=True, eq=False)
 class Results:
     "Answers that are sound, and what was left out."
@@ -533,7 +533,7 @@ def read_results(
     if not parts: raise EmocaError(f"{path}: there is no assignment that can be used\n" + "\n".join(map(str, problems[:10])))
     return Results(pd.concat(parts, ignore_index=True), tuple(problems))
 
-# %% ../nbs/08_perceptual_study.ipynb #6dca733c
+# %% ../nbs/08_perceptual_study.ipynb #0dd0b524
 def screen(
     table: pd.DataFrame,  # from `read_results`
     fails: int = 2,  # so many samples failed, and a participant is discarded
@@ -546,7 +546,7 @@ def screen(
     counts = counts.groupby(["worker", "method"])[["misclassified", "inconsistent"]].sum().reset_index("method")
     return counts.assign(kept=counts.misclassified < fails)
 
-# %% ../nbs/08_perceptual_study.ipynb #70c087ef
+# %% ../nbs/08_perceptual_study.ipynb #01d36fca
 def labels_of(
     table: pd.DataFrame,  # from `read_results`
     method: str,  # whose tasks
@@ -570,7 +570,7 @@ def hits(
 
 def _with_any(frame): return frame.dropna(how="all").dropna(how="all", axis=1)
 
-# %% ../nbs/08_perceptual_study.ipynb #974c8a15
+# %% ../nbs/08_perceptual_study.ipynb #36c7c36c
 def resampled(
     hits: np.ndarray,  # (P,I) 0, 1 or NaN
     participants: np.ndarray,  # (D,P) how often each was drawn
@@ -590,7 +590,7 @@ def mean_share(
     "The mean over participants of their shares."
     return float(resampled(hits, np.ones((1, hits.shape[0])), np.ones((1, hits.shape[1])))[0])
 
-# %% ../nbs/08_perceptual_study.ipynb #e7a59cbc
+# %% ../nbs/08_perceptual_study.ipynb #a09266fc
 def variances(
     hits: np.ndarray,  # (...,P,I) 0, 1 or NaN
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (...) each: over participants, over pictures, of what is left
@@ -611,7 +611,7 @@ def total_variance(
     "The variance of a mean over participants and pictures."
     return np.fmax(people + pictures - left, np.maximum(people, pictures))
 
-# %% ../nbs/08_perceptual_study.ipynb #76f136a8
+# %% ../nbs/08_perceptual_study.ipynb #c0bbe105
 OVER = "participants", "pictures"
 
 def _drawn(n, draws, rng, resample=True): return rng.multinomial(n, np.full(n, 1 / n), draws) if resample else np.ones((draws, n))
@@ -635,7 +635,7 @@ def interval(
     if over == OVER and min(hits.shape) > 1: values = _scaled(values, mean_share(hits), total_variance(*variances(hits)))
     return tuple(np.quantile(values[~np.isnan(values)], [(1 - level) / 2, (1 + level) / 2]).clip(0, 1).tolist())
 
-# %% ../nbs/08_perceptual_study.ipynb #3a2420ec
+# %% ../nbs/08_perceptual_study.ipynb #05105028
 PAPER = {"EMOCA (coarse)": 0.68, "EMOCA (detail)": 0.65, "Deep3DFace": 0.37, "DECA (coarse)": 0.33, "MGCNet": 0.32, "DECA (detail)": 0.31, "3DDFA_V2": 0.31}
 
 def consistency(
@@ -651,7 +651,7 @@ def consistency(
         if method in PAPER: rows[method]["published"] = PAPER[method]
     return pd.DataFrame(rows).T.astype(dict(participants=int, pictures=int)).sort_values("consistency", ascending=False).rename_axis("method")
 
-# %% ../nbs/08_perceptual_study.ipynb #75740709
+# %% ../nbs/08_perceptual_study.ipynb #048589a6
 def _p_value(difference, variance, *parts):
     "Two-sided p of a difference; `parts` are pairs (variance, degrees of freedom)"
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -670,7 +670,7 @@ def gap_tests(
     people, pictures = ((xp, x.shape[-2] - 1), (yp, y.shape[-2] - 1)), ((vi, I - 1),)
     return dict(participants=_p_value(d, xp + yp, *people), pictures=_p_value(d, vi, *pictures), both=_p_value(d, total_variance(xp + yp, vi, xe + ye), *people, *pictures))
 
-# %% ../nbs/08_perceptual_study.ipynb #0f509dd3
+# %% ../nbs/08_perceptual_study.ipynb #814b43f9
 def compare(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     draws: int = 2000,  # of the bootstrap
@@ -687,7 +687,7 @@ def compare(
     for c in (*OVER, "both"): tests[c] = multipletests(tests[c].to_numpy(float), method="holm")[1] if len(tests) else []
     return tests
 
-# %% ../nbs/08_perceptual_study.ipynb #95588420
+# %% ../nbs/08_perceptual_study.ipynb #49fc041e
 def _gap_interval(x, y, draws, rng):
     "Bootstrap interval of a difference, over both methods' participants and the pictures they share"
     n = _drawn(x.shape[1], draws, rng)
@@ -698,7 +698,7 @@ def _gap_interval(x, y, draws, rng):
         gaps = _scaled(gaps, mean_share(x) - mean_share(y), total_variance(xp + yp, pictures, xe + ye))
     return dict(zip(("low", "high"), np.quantile(gaps, [0.025, 0.975])))
 
-# %% ../nbs/08_perceptual_study.ipynb #b0798ba0
+# %% ../nbs/08_perceptual_study.ipynb #11bf98ff
 def count_labels(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     rows: str = "real",  # real, rendering, truth
@@ -712,7 +712,7 @@ def count_labels(
         out[method] = confusion_matrix(both[0], both[1], labels=range(8))
     return out
 
-# %% ../nbs/08_perceptual_study.ipynb #a7f98df0
+# %% ../nbs/08_perceptual_study.ipynb #c0bcfed6
 def draw_labels(
     counts: dict,  # method -> (8,8), see `count_labels`
     rows: str,  # what the rows are
@@ -735,7 +735,7 @@ def draw_labels(
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/08_perceptual_study.ipynb #36553dc1
+# %% ../nbs/08_perceptual_study.ipynb #90fee1d0
 def _label_grid(ax, shown, rows, columns):
     "Names and lines of a matrix of cells"
     for i in range(len(shown) + 1): ax.axhline(i - 0.5, color="0.85", lw=0.6)
@@ -746,7 +746,7 @@ def _label_grid(ax, shown, rows, columns):
     ax.xaxis.set_ticks_position("top")
     ax.xaxis.set_label_position("top")
 
-# %% ../nbs/08_perceptual_study.ipynb #eba44274
+# %% ../nbs/08_perceptual_study.ipynb #fec3d4b2
 _NAMES = dict(real="label of the photograph", rendering="label of the rendering", truth="ground truth")
 FIGURES = {"photograph_rendering": ("real", "rendering"), "truth_rendering": ("truth", "rendering"), "truth_photograph": ("truth", "real")}  # Figs. 9, 10, 11
 
@@ -759,7 +759,7 @@ def draw_figure(
     rows, columns = FIGURES[name]
     return draw_labels(count_labels(table, rows, columns), _NAMES[rows], _NAMES[columns], f"{_NAMES[rows]}, {_NAMES[columns]}: {about}")
 
-# %% ../nbs/08_perceptual_study.ipynb #18334f5e
+# %% ../nbs/08_perceptual_study.ipynb #5f4e9755
 def classifier_agreement(
     table: pd.DataFrame,  # from `read_results`, without the discarded
     predictions: dict,  # method -> {picture: number in EMOTIONS}
@@ -777,7 +777,7 @@ def classifier_agreement(
             rows[method] |= {kind: mean_share(h)} | dict(zip((f"{kind}_low", f"{kind}_high"), interval(h, draws=draws)))
     return pd.DataFrame(rows).T.rename_axis("method")
 
-# %% ../nbs/08_perceptual_study.ipynb #805573c6
+# %% ../nbs/08_perceptual_study.ipynb #2e3ac46c
 def read_predictions(
     path,  # CSV with columns picture, method, emotion
 ) -> dict[str, dict[str, int]]:  # method -> {picture: number in EMOTIONS}
@@ -790,7 +790,7 @@ def read_predictions(
     if (number < 0).any(): raise BadFile(path, f"in `emotion` one of {', '.join(EMOTIONS)}", f"{table.emotion[number < 0].iloc[0]!r} in line {(number < 0).argmax() + 2}")
     return {m: dict(zip(rows.picture, number[rows.index])) for m, rows in table.groupby("method")}
 
-# %% ../nbs/08_perceptual_study.ipynb #a004ca9e
+# %% ../nbs/08_perceptual_study.ipynb #4db2b054
 def rater_agreement(
     table: pd.DataFrame,  # from `read_results`, without the discarded
 ) -> pd.DataFrame:  # a row for each method and kind: participants, alpha, kappa
@@ -804,7 +804,7 @@ def rater_agreement(
         rows.append(dict(method=method, kind=kind, participants=len(labels), alpha=alpha, kappa=kappa))
     return pd.DataFrame(rows).set_index(["method", "kind"])
 
-# %% ../nbs/08_perceptual_study.ipynb #4d9122ed
+# %% ../nbs/08_perceptual_study.ipynb #33bd3743
 def draw_kinds(
     crowd: Crowd,  # whose habits
     shares: dict,  # habit -> share of the participants
@@ -824,7 +824,7 @@ def failed(
     wrong = (said["real"] != emotion) | (said["again"] != emotion)
     return wrong[..., easy].sum(-1)
 
-# %% ../nbs/08_perceptual_study.ipynb #3055897e
+# %% ../nbs/08_perceptual_study.ipynb #59acd81e
 def power(
     kept: tuple,  # consistency of two methods, on a photograph whose label is sure
     crowd: Crowd,  # how photographs are seen, and habits
@@ -841,7 +841,7 @@ def power(
     x, y = ((s["real"] == s["rendering"]).astype(float) for s in (simulate(world, m, kinds, pair, rng) for m in names))
     return {over: float((p <= 0.05).mean()) for over, p in gap_tests(x, y).items()}
 
-# %% ../nbs/08_perceptual_study.ipynb #0ae8e599
+# %% ../nbs/08_perceptual_study.ipynb #67e46b3a
 SIDES = "Left", "Right"
 
 def make_choices(
@@ -863,7 +863,7 @@ def make_choices(
         tasks.append(_choice_task(pictures, ours, others, rng.permutation(chosen), rng).assign(task=opaque(seed, "choice", p)))
     return pd.concat(tasks, ignore_index=True)
 
-# %% ../nbs/08_perceptual_study.ipynb #db66ef75
+# %% ../nbs/08_perceptual_study.ipynb #8a0faeef
 def _least_asked(asked, sets, n, rng):
     "Pairs (competitor, picture) of one participant, no picture twice; they are counted in `asked`"
     pairs, used = [], np.zeros(asked.shape[1], bool)
@@ -884,7 +884,7 @@ def _choice_task(pictures, ours, others, pairs, rng):
         rows.append(dict(task="", position=position, method=others[k], picture=p.picture, ours=SIDES[not left], image=str(p.real), left=str(p[sides[0]]), right=str(p[sides[1]])))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #b5131217
+# %% ../nbs/08_perceptual_study.ipynb #8ef87530
 def preference_tests(
     wins: dict,  # competitor -> how often the own method was chosen
     losses: dict,  # competitor -> how often the competitor was
@@ -899,7 +899,7 @@ def preference_tests(
     verdict = np.where(p >= level, "no difference shown", np.where(2 * frame.wins > total, "ours preferred", "theirs preferred"))
     return frame.assign(share=frame.wins / total, low=low, high=high, p=p, verdict=verdict)
 
-# %% ../nbs/08_perceptual_study.ipynb #3a09e749
+# %% ../nbs/08_perceptual_study.ipynb #673a4637
 def side_number(
     text,  # Left or Right
 ) -> int:  # 0, 1; -1: neither
@@ -919,7 +919,7 @@ def preferences(
     with np.errstate(all="ignore"): raw = [np.nan_to_num(stats.ttest_1samp(balance[m].dropna(), 0).pvalue, nan=1.0) for m in balance]
     return preference_tests(*counts, level).assign(participants=pd.Series(multipletests(raw, method="bonferroni")[1], balance.columns))
 
-# %% ../nbs/08_perceptual_study.ipynb #0a0e339a
+# %% ../nbs/08_perceptual_study.ipynb #6139561d
 def simulated_choices(
     key: pd.DataFrame,  # from `make_choices`
     share: dict,  # competitor -> how often the own method is preferred to it
@@ -935,7 +935,7 @@ def simulated_choices(
         rows.append(result_row(task, f"simulated-{i + 1:03d}", dict(zip(shown.position, side))) | dict(Simulated="yes"))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #acc2bde1
+# %% ../nbs/08_perceptual_study.ipynb #d61c1918
 def markdown(
     table: pd.DataFrame,  # with a named index
     digits: int = 3,  # after the point
@@ -948,7 +948,7 @@ def markdown(
     rows = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *flat.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #72c84863
+# %% ../nbs/08_perceptual_study.ipynb #e03d58ad
 def save_figure(
     figure: plt.Figure,  # to be written
     path,  # .png
@@ -964,7 +964,7 @@ def _left_out(results, screened):
     out = [str(p) for p in results.problems] + [f"{r.method}: a participant misclassified {r.misclassified} qualification samples and is discarded" for r in fails.itertuples()]
     return "\n".join(f"- {line}" for line in out) or "nothing"
 
-# %% ../nbs/08_perceptual_study.ipynb #259724bc
+# %% ../nbs/08_perceptual_study.ipynb #56422503
 def analyse(
     results: Results,  # from `read_results`
     folder,  # of the report
@@ -985,7 +985,7 @@ def analyse(
     with atomic_write(folder / "results.md") as file: file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return tables["consistency"]
 
-# %% ../nbs/08_perceptual_study.ipynb #79435771
+# %% ../nbs/08_perceptual_study.ipynb #ee7b81bc
 @click.group("study")
 def study_command():
     "Make a perceptual study's tasks, and analyse its results."
@@ -1005,7 +1005,7 @@ def make_command(pictures, folder, base_url, size, seed):
     write_study(key, folder, base_url, size)
     click.echo(f"{folder}: {key.task.nunique()} tasks of {key.position.max()} pictures. key.csv is for you alone.")
 
-# %% ../nbs/08_perceptual_study.ipynb #0ef95779
+# %% ../nbs/08_perceptual_study.ipynb #8487c308
 @study_command.command("analyse")
 @click.argument("results", type=click.Path(exists=True, path_type=Path))
 @click.option("--key", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="key.csv of the study.")
