@@ -10,7 +10,7 @@ __all__ = ['ADMITTED', 'MAX_BYTES', 'MAX_DENSE', 'pickle_of', 'npy_dict_of', 'zi
            'folder_of', 'Terms', 'Asset', 'Settings', 'settings', 'settings_template', 'asset', 'asset_status', 'cli',
            'settings_command', 'assets_command']
 
-# %% ../nbs/00_core.ipynb #6723de2b
+# %% ../nbs/00_core.ipynb #04bc6111
 import configparser, difflib, importlib, io, json, math, operator, os, pickle, pickletools
 import random, re, struct, sys, threading, uuid, zipfile
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Callable
 
-# %% ../nbs/00_core.ipynb #4280ed8a
+# %% ../nbs/00_core.ipynb #69d797b9
 import click, numpy as np, scipy.sparse, torch
 from fastcore.basics import patch
 from fastcore.imports import in_jupyter
@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from . import __version__
 
-# %% ../nbs/00_core.ipynb #380313fb
+# %% ../nbs/00_core.ipynb #d2e392b5
 class EmocaError(Exception): "Something that the user can mend; the text says what is wrong, with which file, and what to do"
 class AssetMissing(EmocaError): "A licensed or downloadable file is not on this machine"
 class UnsafeFile(EmocaError): "A file asks for code that its format does not need"
 
-# %% ../nbs/00_core.ipynb #1e6659f2
+# %% ../nbs/00_core.ipynb #9cb71667
 class BadFile(EmocaError):
     "A file is not what was expected"
     def __init__(self,
@@ -43,7 +43,7 @@ class BadFile(EmocaError):
     ): super().__init__(path, expected, found)
     def __str__(self): return "{}: expected {}, found {}".format(*self.args)
 
-# %% ../nbs/00_core.ipynb #9172e6c8
+# %% ../nbs/00_core.ipynb #85510c15
 class Record:
     "What a pickle says about one object: its class, arguments, state and items; nothing of it has run"
     __slots__ = ("args", "state", "items")
@@ -54,7 +54,7 @@ class Record:
     def __setstate__(self, state): self.state = state
     def __setitem__(self, key, value): self.items[key] = value
 
-# %% ../nbs/00_core.ipynb #bd21e1c0
+# %% ../nbs/00_core.ipynb #0e90d95a
 ADMITTED:dict[tuple[str, str], type[Record]] = {}
 
 def admit(
@@ -68,7 +68,7 @@ def admit(
         return build
     return _admit
 
-# %% ../nbs/00_core.ipynb #dbf8778e
+# %% ../nbs/00_core.ipynb #ca55334a
 def _text(x):
     if isinstance(x, (bytes, bytearray)): return x.decode("latin1")
     if not isinstance(x, str): raise ValueError(f"a {type(x).__name__} where a text belongs")
@@ -82,24 +82,24 @@ def _encode(value, x):
     if encoding.replace("-", "").replace("_", "") != "latin1": raise ValueError(f"bytes in the encoding {encoding}")
     return _bytes(text)
 
-# %% ../nbs/00_core.ipynb #fc2d3343
+# %% ../nbs/00_core.ipynb #641f0f21
 @admit("builtins.bytes", "__builtin__.bytes")
 def _no_bytes(value, x): return b"" if not x.args else _bytes(*map(value, x.args))
 
 @admit(*(f"{m}.{s}" for m in ("builtins", "__builtin__") for s in ("set", "frozenset")))
 def _set(value, x): return set(*map(value, x.args))
 
-# %% ../nbs/00_core.ipynb #890671f5
+# %% ../nbs/00_core.ipynb #b3783e63
 @admit("collections.OrderedDict", "collections.defaultdict")
 def _mapping(value, x):
     start = () if x.origin.endswith("defaultdict") else x.args
     return dict(*map(value, start)) | {value(k): value(v) for k, v in x.items.items()}
 
-# %% ../nbs/00_core.ipynb #252e7564
+# %% ../nbs/00_core.ipynb #55d6de15
 def _refuse(name):
     raise UnsafeFile(f"refused, because it asks for {name}, which files of this kind do not need; nothing of it has run")
 
-# %% ../nbs/00_core.ipynb #71d24000
+# %% ../nbs/00_core.ipynb #d7ff7af8
 _TYPES = [f"{m}.{t}" for m in ("builtins", "__builtin__") for t in "object dict list tuple str int long float bool complex unicode NoneType".split()]
 _TYPES += [f"typing.{t}" for t in ("Any", "Dict", "List", "Union", "Optional")]
 _CALLBACKS = [f"pytorch_lightning.callbacks.{c}" for c in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")]
@@ -107,7 +107,7 @@ _CALLBACKS = [f"pytorch_lightning.callbacks.{c}" for c in ("model_checkpoint.Mod
 @admit(*_TYPES, *_CALLBACKS)
 def _only_named(value, x): _refuse(f"an object of {x.origin}")
 
-# %% ../nbs/00_core.ipynb #c73ceff4
+# %% ../nbs/00_core.ipynb #2bf8eaef
 @admit("copy_reg._reconstructor", "copyreg._reconstructor")
 def _reconstructor(value, x):
     cls, base, state = x.args
@@ -116,11 +116,11 @@ def _reconstructor(value, x):
     made.state = x.state
     return value(made)
 
-# %% ../nbs/00_core.ipynb #52a8146f
+# %% ../nbs/00_core.ipynb #142a7e10
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name): return ADMITTED.get((module, name)) or _refuse(f"{module}.{name}")
 
-# %% ../nbs/00_core.ipynb #152d455e
+# %% ../nbs/00_core.ipynb #01011272
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None), torch.Size, torch.dtype, torch.device})
 
 class _Values:
@@ -134,7 +134,7 @@ class _Values:
         if out is _Values: raise ValueError(f"a {type(x).__name__} that contains itself")
         return out
 
-# %% ../nbs/00_core.ipynb #14c605cf
+# %% ../nbs/00_core.ipynb #c65740b6
 @patch
 def _make(self:_Values, x):
     if isinstance(x, type) and issubclass(x, Record): return x.origin
@@ -150,7 +150,7 @@ def _make(self:_Values, x):
     else: out.extend(map(self, x))
     return out
 
-# %% ../nbs/00_core.ipynb #32652e12
+# %% ../nbs/00_core.ipynb #4d05797d
 _OPS = {ord(o.code): o for o in pickletools.opcodes}
 _LENGTHS = {getattr(pickletools, f"TAKEN_FROM_ARGUMENT{n}"): code for n, code in {"1": "<B", "4": "<i", "4U": "<I", "8U": "<Q"}.items()}
 
@@ -168,7 +168,7 @@ def _instructions(raw):
         if not start <= pos <= len(raw): raise ValueError("a pickle that is cut off")
         yield name, start, pos
 
-# %% ../nbs/00_core.ipynb #9152ee67
+# %% ../nbs/00_core.ipynb #2c2af854
 _OUTSIDE = {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"}
 _MEMO = {"PUT": int, "BINPUT": ord, "LONG_BINPUT": partial(int.from_bytes, byteorder="little")}
 
@@ -184,7 +184,7 @@ def _scan(raw):
     if outside: raise UnsafeFile(f"refused, because it refers to an object outside the file ({outside})")
     return end
 
-# %% ../nbs/00_core.ipynb #95ef418e
+# %% ../nbs/00_core.ipynb #963c1a72
 @contextmanager
 def _reading(path, expected):
     "`path`, open for reading; any failure inside becomes an error that names the file"
@@ -203,7 +203,7 @@ def _reading(path, expected):
     except ValueError as e: raise BadFile(path, expected, f"{e!s:.200}") from None
     except Exception as e: raise BadFile(path, expected, f"{type(e).__name__}: {e!s:.200}") from None
 
-# %% ../nbs/00_core.ipynb #10010d9b
+# %% ../nbs/00_core.ipynb #afbdef63
 MAX_BYTES = 4 << 30  # of a file, and of the arrays in an archive: three times the largest of the published ones
 
 def _unpickle(raw, n=1):
@@ -216,13 +216,13 @@ def _unpickle(raw, n=1):
     if raw: raise ValueError(f"{len(raw)} bytes after the end of the pickle")
     return out
 
-# %% ../nbs/00_core.ipynb #1db7bda7
+# %% ../nbs/00_core.ipynb #88ae3b98
 def _bounded(f, path):
     size = os.fstat(f.fileno()).st_size
     if size > MAX_BYTES: raise BadFile(path, f"at most {MAX_BYTES:,} bytes", f"{size:,}")
     return f.read()
 
-# %% ../nbs/00_core.ipynb #92d54f59
+# %% ../nbs/00_core.ipynb #215b02a7
 def load_pickle(
     path, # a pickle file, of Python 2 or 3
     n:int=1, # how many pickles lie in it, one after the other; more than one give a list
@@ -231,7 +231,7 @@ def load_pickle(
     with _reading(path, "a pickle") as f: out = _unpickle(_bounded(f, path), n)
     return out[0] if n == 1 else out
 
-# %% ../nbs/00_core.ipynb #a6f558c7
+# %% ../nbs/00_core.ipynb #ec0cd1bd
 _DTYPE = re.compile(r"[<>|=]?([biufc?]\d{0,2}|[SU]\d{1,6}|O8?)")
 
 @admit("numpy.dtype")
@@ -241,13 +241,13 @@ def _dtype(value, x):
     order = _text(state[1])
     return np.dtype(code).newbyteorder(order) if order in "<>" else np.dtype(code)
 
-# %% ../nbs/00_core.ipynb #00e6207f
+# %% ../nbs/00_core.ipynb #35dcbc88
 def _size(shape, dtype):
     "How many bytes an array of this shape takes"
     if any(operator.index(n) < 0 for n in shape): raise ValueError(f"an array of shape {shape}")
     return math.prod(map(int, shape)) * dtype.itemsize
 
-# %% ../nbs/00_core.ipynb #8387f217
+# %% ../nbs/00_core.ipynb #e547e698
 def _array(data, dtype, shape, order="C"):
     "An array of exactly this size, from bytes or, where it holds objects, from a list"
     if dtype.hasobject:
@@ -261,7 +261,7 @@ def _array(data, dtype, shape, order="C"):
         out = np.frombuffer(bytearray(data), dtype)
     return out.reshape(shape, order=order)
 
-# %% ../nbs/00_core.ipynb #6900dae8
+# %% ../nbs/00_core.ipynb #d393cbae
 @admit("numpy.ndarray")
 def _bare(value, x): raise ValueError("a numpy.ndarray without content")
 
@@ -271,7 +271,7 @@ def _reconstruct(value, x):
     *_, shape, dtype, fortran, data = value(x.state)
     return _array(data, dtype, shape, "F" if fortran else "C")
 
-# %% ../nbs/00_core.ipynb #9c992eef
+# %% ../nbs/00_core.ipynb #09211c57
 @admit("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 def _frombuffer(value, x): return _array(*map(value, x.args))
 
@@ -280,14 +280,14 @@ def _scalar(value, x):
     dtype, data = map(value, x.args)
     return _array(data, dtype, ())[()]
 
-# %% ../nbs/00_core.ipynb #d51f3860
+# %% ../nbs/00_core.ipynb #c70d4302
 @admit("chumpy.ch.Ch", "chumpy.Ch", "chumpy.ch.ChHandle")
 def _chumpy(value, x):
     state = x.state
     if not isinstance(state, dict) or "x" not in state: raise ValueError("a chumpy object without its array x")
     return np.asarray(value(state["x"]))
 
-# %% ../nbs/00_core.ipynb #1f8b54c1
+# %% ../nbs/00_core.ipynb #a891f0a2
 MAX_DENSE = 1 << 28  # bytes of a sparse matrix when it is made dense (FLAME's joint regressor takes 0.2 MB)
 
 def _sparse(value, x):
@@ -302,18 +302,18 @@ def _sparse(value, x):
     out.check_format(full_check=True)
     return out
 
-# %% ../nbs/00_core.ipynb #1cf9265f
+# %% ../nbs/00_core.ipynb #26311132
 _FORMS = [f"scipy.sparse.{module}{kind}.{kind}_{form}" for kind in ("csc", "csr", "coo") for module in ("", "_") for form in ("matrix", "array")]
 admit(*_FORMS)(_sparse);
 
-# %% ../nbs/00_core.ipynb #25a8fb9f
+# %% ../nbs/00_core.ipynb #edb1fd80
 @admit("torch.storage._load_from_bytes")
 def _storage(value, x):
     storage = _torch_load(io.BytesIO(_bytes(value(x.args[0]))))
     if not isinstance(storage, torch.storage.TypedStorage): raise ValueError(f"a {type(storage).__name__} in place of a torch storage")
     return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
 
-# %% ../nbs/00_core.ipynb #16391ca0
+# %% ../nbs/00_core.ipynb #d3e1123f
 @admit("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 def _tensor(value, x):
     flat, offset, size, stride = map(value, x.args[:4])
@@ -322,14 +322,14 @@ def _tensor(value, x):
     if not inside: raise ValueError(f"a tensor of size {tuple(size)} in a storage of {len(flat)} values")
     return flat.as_strided(size, stride, offset).clone()
 
-# %% ../nbs/00_core.ipynb #6bdf75b7
+# %% ../nbs/00_core.ipynb #017e3f6a
 @admit("torch._utils._rebuild_parameter")
 def _parameter(value, x): return value(x.args[0])
 
 @admit("torch.Size")
 def _torch_size(value, x): return tuple(*map(value, x.args))
 
-# %% ../nbs/00_core.ipynb #e8b2d340
+# %% ../nbs/00_core.ipynb #9b65657c
 _REFUSED = re.compile(r"nsupported(?: global:)? GLOBAL ([\w.]+)|unrecognized function (.+)|via `add_safe_globals`,? but got (.+)")
 _lending = threading.Lock()
 
@@ -342,7 +342,7 @@ def _torch_load(f):
         name = next(filter(None, m.groups()))
     _refuse(name)
 
-# %% ../nbs/00_core.ipynb #819e9eff
+# %% ../nbs/00_core.ipynb #856258ce
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 def _read_npy(f, size):
@@ -358,17 +358,17 @@ def _read_npy(f, size):
     if f.readinto(out) != rest: raise ValueError("an array that is cut off")
     return out.view(dtype).reshape(shape, order="F" if fortran else "C")
 
-# %% ../nbs/00_core.ipynb #2dd8a982
+# %% ../nbs/00_core.ipynb #3f7b45c3
 def _unwrap(a): return a.item() if a.dtype == object and not a.ndim else a
 
-# %% ../nbs/00_core.ipynb #189d3df4
+# %% ../nbs/00_core.ipynb #0a4cbbda
 def load_npy(
     path, # a .npy file
 ):
     "The array in a .npy file; the one object of an object array without axes"
     with _reading(path, "a .npy array") as f: return _unwrap(_read_npy(f, os.fstat(f.fileno()).st_size))
 
-# %% ../nbs/00_core.ipynb #5c38166e
+# %% ../nbs/00_core.ipynb #9a48b56b
 def _member(z, m):
     with z.open(m) as f:
         try: return _unwrap(_read_npy(f, m.file_size))
@@ -386,7 +386,7 @@ def load_npz(
             raise BadFile(path, f"arrays named {', '.join(missing)}", f"only {', '.join(members) or 'none'}")
         return {name: _member(z, m) for name, m in members.items()}
 
-# %% ../nbs/00_core.ipynb #16836aa3
+# %% ../nbs/00_core.ipynb #71d0e3a0
 _NODES = "AnyNode StringNode IntegerNode FloatNode BooleanNode EnumNode BytesNode PathNode".split()
 
 @admit("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig")
@@ -395,14 +395,14 @@ def _container(value, x): return value(x.state["_content"])
 @admit(*(f"omegaconf.nodes.{n}" for n in _NODES))
 def _node(value, x): return value(x.state["_val"])
 
-# %% ../nbs/00_core.ipynb #7f79bb67
+# %% ../nbs/00_core.ipynb #5369c247
 @admit(*(f"omegaconf.base.{n}" for n in ("Metadata", "ContainerMetadata", "SCMode")))
 def _metadata(value, x): return None
 
 @admit("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath")
 def _pure_path(value, x): return "/".join(map(value, x.args)).replace("//", "/")
 
-# %% ../nbs/00_core.ipynb #872b9da0
+# %% ../nbs/00_core.ipynb #963d4b7e
 def _tensors(x, seen):
     "All tensors in nested dicts, lists and tuples"
     if isinstance(x, torch.Tensor): yield x
@@ -410,7 +410,7 @@ def _tensors(x, seen):
         seen.add(id(x))
         for v in x.values() if isinstance(x, dict) else x: yield from _tensors(v, seen)
 
-# %% ../nbs/00_core.ipynb #a2ced85a
+# %% ../nbs/00_core.ipynb #0a309692
 def _check_parts(f, size):
     if zipfile.is_zipfile(f):
         with zipfile.ZipFile(f) as z: parts = z.infolist()
@@ -418,7 +418,7 @@ def _check_parts(f, size):
         if larger: raise ValueError("an archive whose parts are larger than itself")
     f.seek(0)
 
-# %% ../nbs/00_core.ipynb #50a04857
+# %% ../nbs/00_core.ipynb #65e5fd88
 def load_checkpoint(
     path, # a file that torch.save wrote, of any version
 ):
@@ -431,7 +431,7 @@ def load_checkpoint(
         if (n := sum({s.data_ptr(): s.nbytes() for s in storages}.values())) > size: raise ValueError(f"tensors of {n:,} bytes in a file of {size:,}")
         return out
 
-# %% ../nbs/00_core.ipynb #c7f1f976
+# %% ../nbs/00_core.ipynb #24a533a0
 _KINDS = {"f": ("fiu", "numbers"), "i": ("iu", "whole numbers"), "b": ("b", "true/false"), "U": ("U", "text")}
 
 def _dense(value):
@@ -440,11 +440,11 @@ def _dense(value):
     if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)): return np.asarray(value)
     raise ValueError(f"a {type(value).__name__}")
 
-# %% ../nbs/00_core.ipynb #a038355e
+# %% ../nbs/00_core.ipynb #7954be77
 def _shape_text(shape): return f"({', '.join('any' if n is None else str(n) for n in shape)})"
 def _fits(shape, want): return want is None or len(shape) == len(want) and all(w in (None, n) for n, w in zip(shape, want))
 
-# %% ../nbs/00_core.ipynb #559a6a47
+# %% ../nbs/00_core.ipynb #4cd6ab52
 def expect_array(
     value, # what the file holds: an array of numpy, scipy.sparse or torch, or nested lists
     name:str, # its name in the file
@@ -462,7 +462,7 @@ def expect_array(
     if kind == "i": return a.astype(np.int64)
     return a.astype(float) if kind == "f" and a.dtype.kind != "f" else a
 
-# %% ../nbs/00_core.ipynb #8a34ef25
+# %% ../nbs/00_core.ipynb #3c88e25b
 @contextmanager
 def atomic_write(
     path, # the file to write; its folder is made where it is missing
@@ -481,7 +481,7 @@ def atomic_write(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #429e74a6
+# %% ../nbs/00_core.ipynb #3bf3fc14
 def seed_everything(
     seed:int, # from 0 to 2**32 - 1
 ):
@@ -492,13 +492,13 @@ def seed_everything(
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #a1599cbf
+# %% ../nbs/00_core.ipynb #74d9990f
 def devices():
     "The devices of this machine, the fastest first"
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     return there + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 
-# %% ../nbs/00_core.ipynb #9a69b6d0
+# %% ../nbs/00_core.ipynb #78dd8ae4
 def pick_device(
     name:str="auto", # "auto", "cpu", "cuda" (the first), "cuda:1", "mps"
 ):
@@ -508,7 +508,7 @@ def pick_device(
     if full not in there: raise EmocaError(f"there is no device {name!r} on this machine; choose one of auto, {', '.join(there)}")
     return torch.device(full)
 
-# %% ../nbs/00_core.ipynb #a04c8630
+# %% ../nbs/00_core.ipynb #e7d98eab
 class _CellBar(tqdm):
     "tqdm's line as one output of a notebook cell, replaced in place"
     _shown = None
@@ -518,7 +518,7 @@ class _CellBar(tqdm):
         if self._shown is None: self._shown = display(text, raw=True, display_id=True)
         else: self._shown.update(text, raw=True)
 
-# %% ../nbs/00_core.ipynb #e54c677b
+# %% ../nbs/00_core.ipynb #a2b899c2
 def progress(
     iterable, # what to go through
     desc:str|None=None, # what is being done
@@ -528,7 +528,7 @@ def progress(
     if in_jupyter(): return _CellBar(iterable, desc=desc, total=total, file=io.StringIO(), ncols=80, ascii=False)
     return tqdm(iterable, desc=desc, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
-# %% ../nbs/00_core.ipynb #35be775f
+# %% ../nbs/00_core.ipynb #c2463de3
 def contact_sheet(
     pictures:torch.Tensor, # (B,3,H,W) or (B,1,H,W), values in [0,1]
     columns:int=8, # pictures in a row
@@ -552,7 +552,7 @@ def contact_sheet(
     page.save(file, "JPEG", quality=quality)
     return Shown(file.getvalue(), format="jpeg")
 
-# %% ../nbs/00_core.ipynb #68bc81ee
+# %% ../nbs/00_core.ipynb #657d1212
 def holds(
     what:str, # what a good file is, in words
     *names:str, # what must occur in it
@@ -566,12 +566,12 @@ def holds(
             if missing := [n for n in names if n.encode() not in text]: raise BadFile(path, what, f"no {', '.join(missing)} in it")
     return check
 
-# %% ../nbs/00_core.ipynb #3ff238fe
+# %% ../nbs/00_core.ipynb #6b46cc61
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 pickle_of, npy_dict_of, zip_of = (partial(holds, magic=m) for m in ((b"\x80", b"("), (_NPY,), (_ZIP,)))
 png_of, jpg_of = (partial(holds, magic=m) for m in ((b"\x89PNG",), (b"\xff\xd8",)))
 
-# %% ../nbs/00_core.ipynb #dba02f07
+# %% ../nbs/00_core.ipynb #d5dfa841
 def npy_of(
     what:str, # what a good file is, in words
     *shape, # the shape of its array; None for any length
@@ -582,7 +582,7 @@ def npy_of(
         if not _fits(found, shape): raise BadFile(path, f"{what}, an array of shape {_shape_text(shape)}", f"{dtype} of shape {found}")
     return check
 
-# %% ../nbs/00_core.ipynb #0e5d122a
+# %% ../nbs/00_core.ipynb #ef971e07
 def npz_of(
     what:str, # what a good file is, in words
     *names:str, # arrays that it must hold
@@ -593,7 +593,7 @@ def npz_of(
         if not set(names) <= set(found): raise BadFile(path, f"{what}, with {', '.join(names)}", ", ".join(found) or "nothing")
     return check
 
-# %% ../nbs/00_core.ipynb #1fdb544e
+# %% ../nbs/00_core.ipynb #6621dc0f
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 def checkpoint_of(
@@ -611,7 +611,7 @@ def checkpoint_of(
         if missing := [n for n in names if n.encode() not in text]: raise BadFile(path, what, f"no {', '.join(missing)} among its tensors")
     return check
 
-# %% ../nbs/00_core.ipynb #a1028656
+# %% ../nbs/00_core.ipynb #96d8b3e6
 def folder_of(
     what:str, # what a good folder is, in words
     *patterns:str, # glob patterns below it
@@ -623,14 +623,14 @@ def folder_of(
             raise BadFile(path, f"{what}, with {', '.join(patterns)} in it", f"no {', '.join(missing)}")
     return check
 
-# %% ../nbs/00_core.ipynb #9b858941
+# %% ../nbs/00_core.ipynb #c8af21f1
 @dataclass(frozen=True)
 class Terms:
     "Under which terms a file can be had, and where"
     licence: str
     page: str
 
-# %% ../nbs/00_core.ipynb #83e73c52
+# %% ../nbs/00_core.ipynb #ef189410
 _MPI, _SIGN, _RESEARCH = "Max Planck licence, non-commercial research", "non-commercial research; sign the form", "non-commercial research"
 _GITHUB, _OXFORD, _IBUG = "https://github.com/", "https://www.robots.ox.ac.uk/~vgg/data/", "https://ibug.doc.ic.ac.uk/resources/"
 TERMS = {
@@ -645,7 +645,7 @@ TERMS = {
     "famos": Terms(f"{_MPI}; register", "https://tempeh.is.tue.mpg.de"),
 }
 
-# %% ../nbs/00_core.ipynb #0908100b
+# %% ../nbs/00_core.ipynb #39755a5c
 TERMS |= {
     "emonet": Terms("CC BY-NC-ND 4.0", f"{_GITHUB}face-analysis/emonet"),
     "vggface2 net": Terms(_RESEARCH, f"{_GITHUB}cydonia999/VGGFace2-pytorch"),
@@ -658,7 +658,7 @@ TERMS |= {
     "cage": Terms("MIT", f"{_GITHUB}wagner-niklas/CAGE_expression_inference"),
 }
 
-# %% ../nbs/00_core.ipynb #b37f1452
+# %% ../nbs/00_core.ipynb #275bb801
 TERMS |= {
     "affectnet": Terms(_SIGN, "http://mohammadmahoor.com/affectnet"),
     "afew": Terms(_SIGN, f"{_IBUG}afew-va-database"),
@@ -672,7 +672,7 @@ TERMS |= {
     "mead": Terms(_RESEARCH, "https://wywu.github.io/projects/MEAD/MEAD.html"),
 }
 
-# %% ../nbs/00_core.ipynb #a3180463
+# %% ../nbs/00_core.ipynb #b74a24e6
 @dataclass(frozen=True)
 class Asset:
     "A licensed or downloadable file or folder"
@@ -683,13 +683,13 @@ class Asset:
     notebooks: str # which use it, by number
     check: Callable # takes a path, raises `BadFile`
 
-# %% ../nbs/00_core.ipynb #a9ab2e04
+# %% ../nbs/00_core.ipynb #1116fc81
 ASSETS:dict[str, Asset] = {}
 
 def _row(name, place, what, terms, notebooks, check, *args):
     ASSETS[name] = Asset(name, place, what, TERMS[terms], notebooks, check(what, *args))
 
-# %% ../nbs/00_core.ipynb #8603733a
+# %% ../nbs/00_core.ipynb #86f73e85
 _MODEL = "v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights"
 _LANDMARKS = "static_lmk_faces_idx", "dynamic_lmk_faces_idx", "full_lmk_faces_idx"
 _ON_FACES = "lmk_face_idx", "lmk_b_coords"
@@ -702,7 +702,7 @@ _row("mediapipe_embedding", "flame/mediapipe_landmark_embedding.npz", "105 Media
 _row("static_embedding", "flame/flame_static_embedding.pkl", "RingNet's 51 static landmarks", "ringnet", "01", pickle_of, *_ON_FACES)
 _row("dynamic_embedding", "flame/flame_dynamic_embedding.npy", "RingNet's contour landmarks by yaw", "ringnet", "01", npy_dict_of, *_ON_FACES)
 
-# %% ../nbs/00_core.ipynb #7d66f445
+# %% ../nbs/00_core.ipynb #87040e0c
 _row("flame_masks", "flame/FLAME_masks.pkl", "vertex regions of FLAME", "flame", "01 12", pickle_of, "face", "lips", "left_eyeball")
 _row("flame_mask_triangles", "flame/FLAME_masks_triangles.npy", "triangle regions of FLAME", "smirk", "12", npy_dict_of, "face_clean", "lips")
 _row("l_eyelid", "flame/l_eyelid.npy", "offsets that close the left eyelid", "smirk", "01 12", npy_of, 5023, 3)
@@ -716,7 +716,7 @@ _row("uv_face_mask", "flame/uv_face_mask.png", "UV mask of the face without the 
 _row("uv_face_eye_mask", "flame/uv_face_eye_mask.png", "UV mask of the face with the eyes", "deca", "02", png_of)
 _row("fixed_displacement", "flame/fixed_displacement_256.npy", "fixed displacement map", "deca", "02 06", npy_of, 256, 256)
 
-# %% ../nbs/00_core.ipynb #6c022592
+# %% ../nbs/00_core.ipynb #bcf8e177
 _EMOCA = "cfg.yaml", "**/*.ckpt"
 _row("deca", "deca/deca_model.tar", "DECA's networks", "deca", "04b 05 06", checkpoint_of, "E_flame", "E_detail", "D_detail")
 _row("emoca_v1", "emoca/EMOCA", "EMOCA v1, its networks", "emoca", "04b 05a 06", folder_of, *_EMOCA)
@@ -729,7 +729,7 @@ _row("arcface", "insightface/buffalo_l", "ArcFace and its face detector", "insig
 _row("mobilenet_small", "timm/tf_mobilenetv3_small_minimal_100.safetensors", "MobileNetV3 small, ImageNet", "timm", "12", holds, "conv_stem.weight")
 _row("mobilenet_large", "timm/tf_mobilenetv3_large_minimal_100.safetensors", "MobileNetV3 large, ImageNet", "timm", "12", holds, "conv_stem.weight")
 
-# %% ../nbs/00_core.ipynb #43e6b168
+# %% ../nbs/00_core.ipynb #13c80bff
 _row("emonet_8", "emonet/emonet_8.pth", "EmoNet for 8 classes", "emonet", "04 04a", checkpoint_of, "conv1")
 _row("emonet_5", "emonet/emonet_5.pth", "EmoNet for 5 classes", "emonet", "04 04a", checkpoint_of, "conv1")
 _row("emotion_resnet50", "emoca/ResNet50", "EMOCA's emotion network, ResNet-50", "emoca", "04 04a 09 10 12", folder_of, "**/*.ckpt")
@@ -744,7 +744,7 @@ _row("face_landmarker", "mediapipe/face_landmarker.task", "MediaPipe's 478-landm
 _row("ddamfn", "ddamfn", "DDAMFN for AffectNet 7, 8 and RAF-DB", "ddamfn", "13", folder_of, "*.pth")
 _row("cage", "cage", "CAGE's MaxViT networks", "cage", "13", folder_of, "*.pt*")
 
-# %% ../nbs/00_core.ipynb #2b2f8469
+# %% ../nbs/00_core.ipynb #2ae16c7e
 _SPLIT, _AFFECTNET = ("valence", "arousal", "expression_correct"), ("training.csv", "validation.csv", "Manually_Annotated*")
 _row("affectnet", "datasets/affectnet", "AffectNet", "affectnet", "03 04 05 07 09 13", folder_of, *_AFFECTNET)
 _row("emonet_val", "emonet/val_fullpath.pkl", "EmoNet's cleaned labels of AffectNet, validation", "emonet", "03 04 07", pickle_of, *_SPLIT)
@@ -760,7 +760,7 @@ _row("lrs3", "datasets/lrs3", "LRS3", "lrs3", "12", folder_of, "**/*.mp4")
 _row("mead", "datasets/mead", "MEAD", "mead", "12", folder_of, "**/*.mp4")
 _row("famos_templates", "datasets/expression_templates_famos", "FaMoS expression templates", "famos", "12", folder_of, "*/*/*.npy")
 
-# %% ../nbs/00_core.ipynb #e669d3ac
+# %% ../nbs/00_core.ipynb #cd1369e4
 KEYS = MappingProxyType({ # key: section, default, what it is
     "data": ("paths", "data", "downloads and generated data"),
     "reports": ("paths", "reports", "tables, pictures and executed notebooks"),
@@ -769,7 +769,7 @@ KEYS = MappingProxyType({ # key: section, default, what it is
     **{a.name: ("files", "", f"{a.what} ({a.place})") for a in ASSETS.values()},
 })
 
-# %% ../nbs/00_core.ipynb #e6ebc451
+# %% ../nbs/00_core.ipynb #bdd39db0
 @dataclass(frozen=True)
 class Settings:
     "What holds on this machine, and who said so"
@@ -780,10 +780,10 @@ class Settings:
     files: MappingProxyType # name of an asset: its path
     origin: MappingProxyType # key: "default", the settings file, or the environment variable
 
-# %% ../nbs/00_core.ipynb #d504e0c6
+# %% ../nbs/00_core.ipynb #98e5f72e
 def _nearest(name, names): return difflib.get_close_matches(name, names, 1, 0)[0]
 
-# %% ../nbs/00_core.ipynb #1d396cde
+# %% ../nbs/00_core.ipynb #5ff5e2d7
 def _read_ini(path):
     "The keys that a settings file sets"
     parser = configparser.ConfigParser(interpolation=None, default_section=None)
@@ -798,7 +798,7 @@ def _read_ini(path):
             if KEYS[key][0] != section: raise EmocaError(f"{path}: the key {key!r} belongs into [{KEYS[key][0]}], not [{section}]")
     return {k: v for s in parser.sections() for k, v in parser[s].items()}
 
-# %% ../nbs/00_core.ipynb #e35a6d45
+# %% ../nbs/00_core.ipynb #c889f228
 def _settings_file():
     "The settings file in force, or None"
     if named := os.environ.get("EMOCA_NB_SETTINGS"): return Path(named)
@@ -812,7 +812,7 @@ def _below(base, value, origin):
     try: return base / Path(value).expanduser()
     except RuntimeError: raise EmocaError(f"{origin}: {value!r} names the home of a user who is not known here") from None
 
-# %% ../nbs/00_core.ipynb #06a74ad9
+# %% ../nbs/00_core.ipynb #b94cf985
 def settings():
     "The settings in force"
     file = _settings_file()
@@ -825,7 +825,7 @@ def settings():
     if profile not in PROFILES: raise EmocaError(f"{origin['profile']}: there is no profile {profile!r}; choose {', '.join(PROFILES)}")
     return Settings(data, reports, profile, given["device"][1], MappingProxyType(files), MappingProxyType(origin))
 
-# %% ../nbs/00_core.ipynb #88e1f6b9
+# %% ../nbs/00_core.ipynb #29e520e6
 def settings_template():
     "A settings file with every key, its default and what it is"
     lines = ["# What differs between machines. A relative path counts from this file; each key can be overridden by the environment",
@@ -836,7 +836,7 @@ def settings_template():
         lines += [f"# {what}", f"{key} = {default}".rstrip()]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/00_core.ipynb #9d601411
+# %% ../nbs/00_core.ipynb #e0044e7e
 def asset(
     name:str, # a name from `ASSETS`
 ):
@@ -849,7 +849,7 @@ def asset(
     a.check(path)
     return path
 
-# %% ../nbs/00_core.ipynb #bf298c5e
+# %% ../nbs/00_core.ipynb #7cf020e9
 def _state(a, path):
     "`there`, `missing` or `wrong`, and what is wrong"
     if not os.path.exists(path): return "missing", None
@@ -866,7 +866,7 @@ def asset_status():
                          page=a.terms.page, notebooks=a.notebooks))
     return rows
 
-# %% ../nbs/00_core.ipynb #eaeaa884
+# %% ../nbs/00_core.ipynb #1a81a423
 COMMANDS = { # name: the function, what it does
     "assets": ("emoca_nb.core:assets_command", "which licensed files are here, and how to get the others"),
     "settings": ("emoca_nb.core:settings_command", "the settings in force, and where each comes from"),
@@ -874,9 +874,10 @@ COMMANDS = { # name: the function, what it does
     "synthesize": ("emoca_nb.synthetic:synthesize_command", "draw a data set of faces with ground truth"),
     "train-coarse": ("emoca_nb.train_coarse:train_coarse_command", "train DECA's or EMOCA's coarse stage from a file of parameters"),
     "reconstruct": ("emoca_nb.reconstruct:reconstruct_command", "turn photographs into animatable 3D heads"),
+    "study": ("emoca_nb.perceptual_study:study_command", "make a perceptual study's tasks, and analyse its results"),
 }
 
-# %% ../nbs/00_core.ipynb #a4089299
+# %% ../nbs/00_core.ipynb #60e9bc31
 class _Group(click.Group):
     def list_commands(self, ctx): return list(COMMANDS)
     def get_command(self, ctx, name):
@@ -889,13 +890,13 @@ class _Group(click.Group):
         try: return super().invoke(ctx)
         except EmocaError as e: raise click.ClickException(str(e)) from None
 
-# %% ../nbs/00_core.ipynb #a305c4de
+# %% ../nbs/00_core.ipynb #15990321
 @click.command(cls=_Group, name="emoca-nb")
 @click.version_option(__version__, prog_name="emoca-nb")
 def cli():
     "The EMOCA workbench: emotion-driven 3D face capture from one photograph."
 
-# %% ../nbs/00_core.ipynb #c8bbbfd3
+# %% ../nbs/00_core.ipynb #9411f5b8
 @click.command("settings")
 @click.option("--template", is_flag=True, help="Print a settings.ini with every key, instead.")
 def settings_command(template):
@@ -908,7 +909,7 @@ def settings_command(template):
         if name.startswith("EMOCA_NB_") and key not in (*KEYS, "settings"):
             click.echo(f"{name} sets nothing; the nearest key is {_nearest(key, KEYS)!r}", err=True)
 
-# %% ../nbs/00_core.ipynb #50b253f7
+# %% ../nbs/00_core.ipynb #67242f40
 _COLOURS = dict(there="green", missing="yellow", wrong="red")
 
 @click.command("assets")

@@ -174,7 +174,7 @@ def world(
 def _read(name, c, crop):
     "Training, validation and test of one origin."
     root = world(c, name) if name in WORLDS else asset(name) if name in ("affectnet", "vggface2") else Path(name)
-    common = dict(size=c.size, detector=c.detector, antialias=c.size < 224, seed=c.seed)
+    common = dict(size=c.size, detector=c.detector, antialias=c.size < 224, seed=c.seed, max_bad=0.2 if c.detector else 0.05)  # a detector may miss faces
     if (root / "training.csv").is_file():
         labels = root if (root / "val_fullpath.pkl").is_file() else None
         return [affectnet(root, s, emonet=labels, **common, **(crop if i == 0 else {})) for i, s in enumerate(SPLITS)]
