@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Space', 'fingerprint', 'feature_space', 'affect_space', '
            'class_measures', 'affect_measures', 'identity_measures', 'judge', 'interval', 'summary', 'per_class',
            'neighbour_sheet', 'FaceStrip', 'embed_picture', 'FaceBrowser', 'aff_wild2_both']
 
-# %% ../nbs/09_retrieval.ipynb #c53bf975
+# %% ../nbs/09_retrieval.ipynb #73209bf5
 import base64, hashlib, html, io, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .faces import detect, read_image
 from .open_head import EMOTIONS
 from .rasterizer import _jit
 
-# %% ../nbs/09_retrieval.ipynb #f782084b
+# %% ../nbs/09_retrieval.ipynb #253d4aa0
 @dataclass(frozen=True)
 class Space:
     "A way to give faces a place."
@@ -34,7 +34,7 @@ class Space:
     embed: Callable  # Batch -> (B,D) tensor; NaN where a face has no place
     pictures: bool = True  # False: labels are enough
 
-# %% ../nbs/09_retrieval.ipynb #6a409b28
+# %% ../nbs/09_retrieval.ipynb #e2f70ffd
 def fingerprint(
     *parts,  # modules, arrays, and anything that json can write
 ) -> str:
@@ -47,7 +47,7 @@ def fingerprint(
             h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/09_retrieval.ipynb #9d61ad10
+# %% ../nbs/09_retrieval.ipynb #97efdfdc
 def _says(name, net, pick, device):
     "A space of a network's outputs"
     device, mark = pick_device(device), fingerprint(net, [net.name, net.size, net.antialias, net.classes])
@@ -56,7 +56,7 @@ def _says(name, net, pick, device):
         with torch.inference_mode(): return pick(net, batch.image.to(device, memory_format=torch.channels_last)).float().cpu()
     return Space(name, f"{name} {mark}", embed)
 
-# %% ../nbs/09_retrieval.ipynb #302f7e96
+# %% ../nbs/09_retrieval.ipynb #a5d84788
 def feature_space(
     net: EmotionNet,  # the network
     name: str = "feature",  # in tables and menus
@@ -74,7 +74,7 @@ def affect_space(
     "What a network says of valence and arousal."
     return _says(name, net, lambda net, x: torch.stack(net(x)[1:3], 1), device)
 
-# %% ../nbs/09_retrieval.ipynb #5711c9dd
+# %% ../nbs/09_retrieval.ipynb #1132c02e
 def label_space(
     name: str = "valence, arousal (labels)",  # in tables and menus
 ) -> Space:
@@ -90,7 +90,7 @@ def given_space(
     known = torch.as_tensor(np.asarray(vectors, np.float32))
     return Space(name, f"{name} {fingerprint(known)}", lambda batch: known[batch.index], pictures=False)
 
-# %% ../nbs/09_retrieval.ipynb #0ea5306e
+# %% ../nbs/09_retrieval.ipynb #147dbcb2
 def codes_space(
     encoders: Encoders,  # a picture to codes
     name: str = "expression codes",  # in tables and menus
@@ -107,7 +107,7 @@ def codes_space(
         return torch.cat([codes.exp, codes.jaw], 1).float().cpu()
     return Space(name, f"{name} {mark}", embed)
 
-# %% ../nbs/09_retrieval.ipynb #8a90f5a4
+# %% ../nbs/09_retrieval.ipynb #380e6466
 _FORMAT = "emoca_nb index 1"
 _NUMBERS = "row", "group", "person"
 _ROWS = 1 << 16  # at a time, where labels are enough
@@ -120,7 +120,7 @@ def faces_mark(
     labels = faces.labels[list(LABELS[1:])].to_csv(float_format="%.5g")
     return fingerprint([_digest(faces), labels])
 
-# %% ../nbs/09_retrieval.ipynb #5c90b98f
+# %% ../nbs/09_retrieval.ipynb #2c1f77e1
 def _batches(faces, space, start, batch, workers):
     "(next row, Batch) of all faces from a row on; without pictures where labels are enough"
     if space.pictures:
@@ -132,7 +132,7 @@ def _batches(faces, space, start, batch, workers):
         rows = np.arange(a, min(a + _ROWS, len(faces)))
         yield rows[-1] + 1, _labels_only(faces, rows)
 
-# %% ../nbs/09_retrieval.ipynb #0c03244a
+# %% ../nbs/09_retrieval.ipynb #715a236c
 def _labels_only(faces, rows):
     "A batch without pictures"
     known = {name: torch.as_tensor(getattr(faces, name)[rows]) for name in ("expression", "valence", "arousal")}
@@ -146,7 +146,7 @@ def _json(path):
     if not isinstance(out, dict) or out.get("format") != _FORMAT: raise BadFile(path, f"a json object of format {_FORMAT!r}", f"{str(out):.60}")
     return out
 
-# %% ../nbs/09_retrieval.ipynb #b1183563
+# %% ../nbs/09_retrieval.ipynb #32013455
 def _same(path, there, about):
     "Refuse an index of another space or other faces"
     for key, what in (("fingerprint", "of the space"), ("faces", "of faces and labels with the mark")):
@@ -169,7 +169,7 @@ def _resume(folder, about):
             f.truncate(size)
     return state
 
-# %% ../nbs/09_retrieval.ipynb #79f31e10
+# %% ../nbs/09_retrieval.ipynb #ef4ec929
 def _append(file, array):
     "Write behind the end of a file, down to the disk"
     with open(file, "ab") as f:
@@ -177,7 +177,7 @@ def _append(file, array):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/09_retrieval.ipynb #ae47c624
+# %% ../nbs/09_retrieval.ipynb #c36a3711
 def _turns(faces, space, state, batch): return -(-(len(faces) - state["done"]) // (batch if space.pictures else _ROWS))
 
 
@@ -192,7 +192,7 @@ def _embed_all(faces, space, folder, state, batch, workers):
         state |= dict(done=int(done), kept=state["kept"] + int(good.sum()), width=width)
         with atomic_write(folder / "building.json") as f: f.write_text(json.dumps(state))
 
-# %% ../nbs/09_retrieval.ipynb #2d4a049e
+# %% ../nbs/09_retrieval.ipynb #205bcb57
 def build_index(
     faces: FaceDataset,  # what to search later
     space: Space,  # where they lie
@@ -213,7 +213,7 @@ def build_index(
     for name in ("rows.i64", "building.json"): (folder / name).unlink()
     return open_index(folder)
 
-# %% ../nbs/09_retrieval.ipynb #6e4857ea
+# %% ../nbs/09_retrieval.ipynb #217db36d
 class FaceIndex:
     "Vectors of faces in a file, with their labels."
     def __init__(
@@ -230,7 +230,7 @@ class FaceIndex:
     def __len__(self): return len(self.features)
     def __repr__(self): return f"{self.about['data']} by {self.about['space']}: {len(self)} faces x {self.features.shape[1]}"
 
-# %% ../nbs/09_retrieval.ipynb #61495c16
+# %% ../nbs/09_retrieval.ipynb #12f8635c
 def _table(path, n):
     "The labels of an index"
     try: table = pd.read_csv(path, dtype=dict(path=str, identity=str, video=str))
@@ -243,7 +243,7 @@ def _table(path, n):
     if wrong: raise BadFile(path, "rows and groups from 0, classes up to 7", "other numbers")
     return table
 
-# %% ../nbs/09_retrieval.ipynb #4066b2af
+# %% ../nbs/09_retrieval.ipynb #bfaf4ab1
 def open_index(
     folder,  # of `build_index`
     space: Space | None = None,  # it must be an index of this space
@@ -259,7 +259,7 @@ def open_index(
     if bytes_there != 4 * n * width: raise BadFile(file, f"{n} x {width} numbers, {4 * n * width} bytes", f"{bytes_there} bytes")
     return FaceIndex(folder, about, np.memmap(file, "<f4", "r", shape=(n, width)), _table(folder / "table.csv", n))
 
-# %% ../nbs/09_retrieval.ipynb #dcb48f17
+# %% ../nbs/09_retrieval.ipynb #5e775f78
 METRICS = ("l2", "cosine")
 
 
@@ -280,14 +280,14 @@ def vectors(
             for a in range(0, shape[0], 1 << 15): f.write(_unit(self.features[a:a + (1 << 15)]).astype("<f4").tobytes())
     return np.memmap(path, "<f4", "r", shape=shape)
 
-# %% ../nbs/09_retrieval.ipynb #e1de3b1b
+# %% ../nbs/09_retrieval.ipynb #4d13f859
 def _distances(found, metric):
     "FAISS's squared distances, or inner products, as distances; inf where nothing was found"
     values, rows = found
     out = np.sqrt(np.maximum(values, 0)) if metric == "l2" else 1 - values
     return np.where(rows < 0, np.inf, out).astype(np.float32), rows
 
-# %% ../nbs/09_retrieval.ipynb #dbecdeb3
+# %% ../nbs/09_retrieval.ipynb #02acdc80
 @patch
 def _queries(self: FaceIndex, x, metric):
     "Queries as FAISS takes them"
@@ -296,7 +296,7 @@ def _queries(self: FaceIndex, x, metric):
     if not np.isfinite(x).all(): raise EmocaError("a query has no place in this space: some of its numbers are not finite")
     return _unit(x) if metric == "cosine" else x
 
-# %% ../nbs/09_retrieval.ipynb #c614c5e2
+# %% ../nbs/09_retrieval.ipynb #d5736d4e
 @patch
 def search(
     self: FaceIndex,
@@ -311,7 +311,7 @@ def search(
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     return _distances(faiss.knn(x, self.vectors(metric), k, metric=kind), metric)
 
-# %% ../nbs/09_retrieval.ipynb #34a49189
+# %% ../nbs/09_retrieval.ipynb #5b3b02f9
 def one_per_group(
     groups: np.ndarray,  # (Q,C) group of each candidate, nearest first; -1: none
     own: np.ndarray,  # (Q,) group of the query, which does not count; -1: none
@@ -339,7 +339,7 @@ def _pick(groups, own, candidates, place):
                 place[q, n] = c
                 n += 1
 
-# %% ../nbs/09_retrieval.ipynb #998dfd85
+# %% ../nbs/09_retrieval.ipynb #12f0e87c
 @dataclass(frozen=True)
 class Neighbours:
     "What was found for Q queries."
@@ -348,7 +348,7 @@ class Neighbours:
 
     def __len__(self): return len(self.number)
 
-# %% ../nbs/09_retrieval.ipynb #1dab7bec
+# %% ../nbs/09_retrieval.ipynb #51f9e34d
 @patch
 def neighbours(
     self: FaceIndex,
@@ -370,7 +370,7 @@ def neighbours(
     take = lambda values, absent: np.where(place < 0, absent, np.take_along_axis(values, np.maximum(place, 0), 1))
     return Neighbours(take(number, -1), take(distance, np.float32(np.inf)))
 
-# %% ../nbs/09_retrieval.ipynb #346cd140
+# %% ../nbs/09_retrieval.ipynb #1a60ead6
 @patch
 def of(
     self: FaceIndex,
@@ -381,7 +381,7 @@ def of(
     number = np.asarray(number)
     return self.neighbours(self.features[number], own=self.group[number], **how)
 
-# %% ../nbs/09_retrieval.ipynb #08a5f43e
+# %% ../nbs/09_retrieval.ipynb #e26f1c56
 @patch
 def build_lists(
     self: FaceIndex,
@@ -404,7 +404,7 @@ def build_lists(
     self.lists.pop(metric, None)
     return path
 
-# %% ../nbs/09_retrieval.ipynb #875929ea
+# %% ../nbs/09_retrieval.ipynb #fd6cca96
 @patch
 def _approximate(self: FaceIndex, metric):
     "The approximate index, mapped from its file"
@@ -415,6 +415,7 @@ def _approximate(self: FaceIndex, metric):
     except RuntimeError as e: raise BadFile(path, "lists of this index", f"{e!s:.200}") from None
     found = ivf.ntotal, ivf.d
     if found != self.features.shape: raise BadFile(path, f"lists of {self.features.shape} vectors", f"{found}: call build_lists again")
+    faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = 0
     self.lists[metric] = ivf
     return ivf
 
@@ -426,7 +427,7 @@ def recall(
     "Share of the exact neighbours that were found."
     return float(np.mean([np.isin(e[e >= 0], f).mean() for f, e in zip(found, exact)]))
 
-# %% ../nbs/09_retrieval.ipynb #5ca72cca
+# %% ../nbs/09_retrieval.ipynb #06293235
 def _shares(labels, group):
     "For (query label, query group): the mean share of a label over all other groups, and how many of them have it"
     known = labels >= 0
@@ -441,7 +442,7 @@ def _shares(labels, group):
         return (total.get(l, 0) - own(l, g, share)) / (groups - 1), has.get(l, 0) - ((l, g) in count.index)
     return ask
 
-# %% ../nbs/09_retrieval.ipynb #02259381
+# %% ../nbs/09_retrieval.ipynb #1934d36d
 def _gain(relevant):
     "Discounted gain of (Q,k) hits"
     return (relevant / np.log2(np.arange(relevant.shape[1]) + 2)).sum(1)
@@ -463,7 +464,7 @@ def class_measures(
     measures = dict(precision=(hit.mean(1), 1.0), ndcg=(_gain(hit), _gain(best)), best=(best.mean(1), 1.0), chance=(chance, 1.0))
     return pd.DataFrame({name: ratio(*of) for name, of in measures.items()})
 
-# %% ../nbs/09_retrieval.ipynb #f485f05c
+# %% ../nbs/09_retrieval.ipynb #f50d7863
 def affect_measures(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -479,7 +480,7 @@ def affect_measures(
         return np.average(np.linalg.norm(va[use] - va[i], axis=1), weights=weight[use]) if use.any() else np.nan
     return pd.DataFrame(dict(va_distance=near, va_chance=[at_random(i) for i in asked]))
 
-# %% ../nbs/09_retrieval.ipynb #4bd0f4da
+# %% ../nbs/09_retrieval.ipynb #95fa9205
 def identity_measures(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -493,7 +494,7 @@ def identity_measures(
     says = (chance > 0) & there.any(1)
     return pd.DataFrame(dict(same_person=np.where(says, same, np.nan), same_chance=np.where(says, chance, np.nan)))
 
-# %% ../nbs/09_retrieval.ipynb #40b5565e
+# %% ../nbs/09_retrieval.ipynb #1f894077
 def judge(
     index: FaceIndex,  # what was searched
     asked: np.ndarray,  # (Q,) numbers of the queries in it
@@ -519,7 +520,7 @@ def interval(
     picks = parts[np.random.default_rng(seed).integers(len(parts), size=(draws, len(parts)))].sum(1)
     return tuple(np.quantile(picks[:, 0] / picks[:, 1], [0.025, 0.975]).tolist())
 
-# %% ../nbs/09_retrieval.ipynb #e77107bd
+# %% ../nbs/09_retrieval.ipynb #ac4617bc
 def summary(
     judged: pd.DataFrame,  # of `judge`
 ) -> pd.Series:
@@ -537,7 +538,7 @@ def per_class(
     by = judged[judged.expression >= 0].groupby("expression")[column].mean()
     return by.rename(index=dict(enumerate(EMOTIONS))).rename(column)
 
-# %% ../nbs/09_retrieval.ipynb #21f61164
+# %% ../nbs/09_retrieval.ipynb #a2a97533
 def _small(picture, size):
     "A picture (3,H,W) as a square"
     return nn.functional.interpolate(picture[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
@@ -566,7 +567,7 @@ def neighbour_sheet(
             titles += [_caption(index, i, d) if i >= 0 else "" for i, d in zip(near.number[q], near.distance[q])]
     return contact_sheet(torch.stack(pictures), first[2].number.shape[1] + 1, titles, **options)
 
-# %% ../nbs/09_retrieval.ipynb #a44d0677
+# %% ../nbs/09_retrieval.ipynb #c4ca44c2
 class FaceStrip(anywidget.AnyWidget):
     "Pictures in a row that can be clicked."
     faces = traitlets.List().tag(sync=True)  # of dicts: src (data URI), text, tip
@@ -620,14 +621,14 @@ class FaceStrip(anywidget.AnyWidget):
         number = said.get("clicked") if isinstance(said, dict) else None
         if type(number) is int and 0 <= number < len(self.faces): self.picked(number)
 
-# %% ../nbs/09_retrieval.ipynb #3b25c793
+# %% ../nbs/09_retrieval.ipynb #450ffd29
 def _uri(picture):
     "A picture (3,H,W) in [0,1] as a data URI"
     file = io.BytesIO()
     Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-# %% ../nbs/09_retrieval.ipynb #d5b94563
+# %% ../nbs/09_retrieval.ipynb #0958a3b0
 def embed_picture(
     source,  # whatever `read_image` takes
     space: Space,  # where its place is wanted
@@ -645,7 +646,7 @@ def embed_picture(
     batch = collate([Sample((crop * 255).round().byte(), "the picture")]).to("cpu")
     return space.embed(batch)[0].numpy(), crop, note
 
-# %% ../nbs/09_retrieval.ipynb #5f7d10b2
+# %% ../nbs/09_retrieval.ipynb #327621e6
 class FaceBrowser(W.VBox):
     "Faces, and those that lie next to them."
     def __init__(
@@ -664,7 +665,7 @@ class FaceBrowser(W.VBox):
         self.others()
         self.ask(self.offered[0])
 
-# %% ../nbs/09_retrieval.ipynb #ca808a41
+# %% ../nbs/09_retrieval.ipynb #93d511af
 @patch
 def controls(self: FaceBrowser):
     "Menus, buttons, strips and the line of text"
@@ -682,7 +683,7 @@ def controls(self: FaceBrowser):
     self.near = FaceStrip(lambda i: self.ask(self.listed[i]), title="Neighbours, nearest first: click one to ask for its own")
     self.query, self.said = FaceStrip(title="Query", layout=W.Layout(flex="0 0 100px")), W.HTML()
 
-# %% ../nbs/09_retrieval.ipynb #46f3567b
+# %% ../nbs/09_retrieval.ipynb #0d4bf729
 @patch
 def _face(self: FaceBrowser, row, text):
     "A face of the data set as an entry of a strip"
@@ -700,7 +701,7 @@ def others(self: FaceBrowser):
     self.offer.faces = [self._face(row, "") for row in self.offered]
     if not len(rows): self.say(f"no face is {self.emotion.value}")
 
-# %% ../nbs/09_retrieval.ipynb #cf584518
+# %% ../nbs/09_retrieval.ipynb #4b2edf86
 @patch
 def ask(
     self: FaceBrowser,
@@ -731,7 +732,7 @@ def say(
     "Write into the line of text."
     self.said.value = f"<span style='color:{'#b00' if bad else 'inherit'}'>{html.escape(text)}</span>"
 
-# %% ../nbs/09_retrieval.ipynb #fdfecd2a
+# %% ../nbs/09_retrieval.ipynb #b1d8ab77
 @patch
 def _place(self: FaceBrowser, index):
     "Vector, group and picture of the query, and a remark"
@@ -760,7 +761,7 @@ def show(self: FaceBrowser):
     self.near.faces = [self._face(row, caption) for row, caption in zip(self.listed, captions)]
     self.say(note or f"{len(there)} neighbours from different videos among {len(index)} faces, by {self.space.value}")
 
-# %% ../nbs/09_retrieval.ipynb #7c9d2ddc
+# %% ../nbs/09_retrieval.ipynb #16eb0097
 @patch
 def _repr_mimebundle_(self: FaceBrowser, **kwargs):
     pixels = lambda face: torch.from_numpy(read_image(base64.b64decode(face["src"].split(",")[1]))).permute(2, 0, 1) / 255
@@ -768,7 +769,7 @@ def _repr_mimebundle_(self: FaceBrowser, **kwargs):
     still = contact_sheet(torch.stack([_small(pixels(f), 72) for f in strips]), len(strips), ["query", *(f["text"] for f in self.near.faces)], 75)
     return W.VBox._repr_mimebundle_(self, **kwargs) | {"image/jpeg": base64.b64encode(still.data).decode()}
 
-# %% ../nbs/09_retrieval.ipynb #a12d711d
+# %% ../nbs/09_retrieval.ipynb #53909936
 def _aff_wild_labels(root, task, splits):
     "Labels of a task by path, of the splits that are there"
     there, last = [], None
