@@ -15,7 +15,7 @@ help:    ## this list
 demo: .venv/.ready    ## the tour, a small training of the coarse stage, and a photograph reconstructed with it: reports/demo*
 	$(PAPERMILL) nbs/index.ipynb reports/demo.ipynb
 	$(PAPERMILL) -p out $(CURDIR)/data/runs/demo nbs/05_train_coarse.ipynb reports/demo_train_coarse.ipynb
-	.venv/bin/emoca-nb reconstruct $$($(PY) -c "from skimage import data; print(data.__path__[0])")/astronaut.png -o reports/demo_astronaut --model data/runs/demo/emotion_1/encoders.pt
+	.venv/bin/emoca-nb reconstruct $$($(PY) -c "from skimage import data; print(data.__path__[0])")/astronaut.png -o reports/demo_astronaut --model data/runs/demo/emotion_1/encoders.pt --refine
 	@echo "The executed notebooks: reports/demo.ipynb, reports/demo_train_coarse.ipynb; the head: reports/demo_astronaut. To read and change them: make lab"
 
 test: .venv/.ready    ## every notebook and every test; ARGS="-k core" goes to pytest

@@ -307,3 +307,11 @@ def test_a_head_without_texture_coordinates(work, finished, photo, tmp_path):
     files = {p.name for p in result.folder.iterdir()}
     assert {"face1.obj", "face1.glb", "face1.npz", "overlay.jpg"} <= files and "face1_texture.png" not in files
     assert json.loads((result.folder / "face1.json").read_text())["units"] == {}
+
+
+def test_the_package_brings_an_emotion_network(photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOCA_NB_DATA", str(tmp_path))
+    work = Reconstructor("fit", device="cpu")
+    [head] = reconstruct(photo, work=work)[0].heads
+    assert head.emotion["expression"] == "Happy" and abs(sum(head.emotion["probabilities"].values()) - 1) < 1e-3
+    assert -1 <= head.emotion["valence"] <= 1 and -1 <= head.emotion["arousal"] <= 1
