@@ -47,5 +47,6 @@ def test_choosing_a_photograph_shows_its_head_and_a_slider_moves_it(page):
 
 
 def test_a_file_that_is_no_picture_is_named(page):
-    page.locator("input[type=file]").first.set_input_files(page.bad)
+    with page.expect_file_chooser() as chooser: page.locator("button.widget-upload").click()
+    chooser.value.set_files(page.bad)
     page.get_by_text("text.png: not an image").wait_for()
