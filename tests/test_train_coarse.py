@@ -228,7 +228,8 @@ def test_accumulated_batches_make_one_step(config, place):
         (task.step(collate([data[0][i] for i in rows]).to(), "train")[0] / 2).backward()
     optimiser.step()
     found, expected = (t.encoders.E_expression.layers[2].weight for t in (done.run.task, task))
-    assert torch.allclose(found, expected, atol=2e-5) and (found - make_task(c).encoders.E_expression.layers[2].weight).abs().max() > 5e-4
+    apart = ((found - expected).abs() > 2e-5).float().mean()  # Adam's first step is the sign of a gradient, which rounding turns where there is hardly any
+    assert apart < .02 and (found - make_task(c).encoders.E_expression.layers[2].weight).abs().max() > 5e-4
 
 
 # Runs that die, and files that are no good.
