@@ -245,25 +245,28 @@ def crop_whole(
     return crop_from_landmarks([[0, 0], [width - 1, height - 1]], scale, size)
 
 # %% ../nbs/02b_faces.ipynb #3efa4dbb
-def _cubic(t):
-    "Catmull-Rom weights of the pixels at -1, 0, 1, 2, for t in [0,1)."
-    return np.stack([((2 - t) * t - 1) * t, (3 * t - 5) * t * t + 2, ((4 - 3 * t) * t + 1) * t, (t - 1) * t * t], -1) / 2
+@_jit
+def _kernel(d, cubic):
+    "Weight of a pixel at the distance d: a triangle, or Catmull-Rom."
+    if not cubic: return max(1 - d, 0.)
+    return ((1.5 * d - 2.5) * d) * d + 1 if d < 1 else (((2.5 - .5 * d) * d - 4) * d + 2) * (d < 2)
 
+@_jit
 def _taps(start, step, n, limit, order, antialias):
     "Which of `limit` pixels, and how much of each, make the `n` pixels at start + i*step: (n,T) int32, float32."
-    at = start + np.arange(n) * step
-    reach = max(step, 1) if antialias else 1
-    if reach > 1:
-        index = np.floor(at - reach).astype(int)[:, None] + np.arange(2 * int(reach + 2))
-        weight = (1 - np.abs(index - at[:, None]) / reach).clip(0)
-        weight /= weight.sum(1, keepdims=True)
-    else:
-        low = np.floor(at).astype(int)
-        t = at - low
-        index = low[:, None] + (np.arange(2) if order == 1 else np.arange(-1, 3))
-        weight = np.stack([1 - t, t], -1) if order == 1 else _cubic(t)
-    outside = (index < 0) | (index >= limit)
-    return index.clip(0, max(limit - 1, 0)).astype(np.int32), np.where(outside, 0, weight).astype(np.float32)
+    reach = max(step, 1.) if antialias else 1.
+    cubic = order == 3 and reach == 1
+    half = 2 if cubic else int(reach + 2) if reach > 1 else 1
+    index, weight = np.zeros((n, 2 * half), np.int32), np.zeros((n, 2 * half), np.float32)
+    for i in range(n):
+        at = start + i * step
+        low = int(math.floor(at - reach)) if reach > 1 else int(math.floor(at)) - half + 1
+        total = 0.
+        for k in range(2 * half): total += _kernel(abs(low + k - at) / reach, cubic)
+        for k in range(2 * half):
+            index[i, k] = max(min(low + k, limit - 1), 0)
+            if 0 <= low + k < limit: weight[i, k] = _kernel(abs(low + k - at) / reach, cubic) / total
+    return index, weight
 
 # %% ../nbs/02b_faces.ipynb #0afef400
 @_jit
