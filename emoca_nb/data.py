@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sklearn.model_selection import StratifiedGroupKFold
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .core import BadFile, EmocaError, UnsafeFile, asset, atomic_write, load_npy, load_pickle, progress
-from .faces import SUFFIXES, Crop, crop_from_box, crop_from_landmarks, detect, pictures_in, read_image
+from .faces import SUFFIXES, Crop, crop_from_box, crop_from_landmarks, detect, detect_folder, pictures_in, read_image
 from .open_head import EMOTIONS
 
 log = logging.getLogger("emoca_nb")
@@ -421,6 +421,20 @@ def _count(self: FaceDataset, skipped):
 def _reason(e):
     "What an error says, without the path."
     return f"{e.args[2]} instead of {e.args[1]}" if isinstance(e, BadFile) else str(e)
+
+# %% ../nbs/03_data.ipynb #c89cbf56
+@patch
+def detected(
+    self: FaceDataset,
+    detector: str | None = None,  # fan or dlib; None: the first that is installed
+) -> FaceDataset:
+    "The same faces with the landmarks that a detector finds, of the largest face where a picture shows several."
+    if self.store is not None: raise EmocaError("look for landmarks first, then keep the crops")
+    found, out = detect_folder(list(self.paths), detector).detections, copy.copy(self)
+    first = [next((f.landmarks for f in found.get(Path(p)) or ()), None) for p in self.paths]
+    out.landmarks, out.landmark_files = _arrays(first, (68, 2), self.paths), np.full(len(self), None)
+    out._begin()
+    return out
 
 # %% ../nbs/03_data.ipynb #0a128f04
 @patch

@@ -28,13 +28,13 @@ from .losses import STAGES as LOSSES
 from .losses import Compared, LossWeights, compare, shuffle_within, total, vggface2_input
 from .renderer import HeadRenderer, Rendering, project
 from .synthetic import ground_truth, synthesize, world_mark
-from .training import Result, RunConfig, fit, pl
+from .training import Result, RunConfig, fingerprint, fit, pl
 
 # %% auto #0
 __all__ = ['STAGES', 'SPLITS', 'WORLDS', 'UNITS', 'Stage', 'CoarseConfig', 'stage_of', 'world', 'datasets', 'batches', 'Drawn',
            'Decoder', 'compose', 'units', 'scale_rows', 'unscale_rows', 'crop_between', 'move_camera', 'Truth',
            'truth_loss', 'expression_rows', 'copy_expression', 'encoders_for', 'CoarseTask', 'Frozen', 'remember',
-           'fingerprint', 'make_task', 'use_own_units', 'CoarseResult', 'run_folder', 'train_coarse', 'landmark_error',
+           'make_task', 'use_own_units', 'CoarseResult', 'run_folder', 'train_coarse', 'landmark_error',
            'expression_error', 'Seen', 'see', 'emotion_from_codes', 'agreement', 'measure', 'read_config',
            'train_coarse_command']
 
@@ -592,16 +592,6 @@ def remember(
     return {k: torch.from_numpy(v) for k, v in load_npz(path).items()}
 
 # %% ../nbs/05_train_coarse.ipynb #f38ca59d
-def fingerprint(
-    *modules: nn.Module | None,
-) -> str:
-    "A number that stands for the weights of networks."
-    h = hashlib.sha256()
-    for key, value in (item for m in modules if m is not None for item in m.state_dict().items()):
-        h.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
-
-
 def make_task(
     c: CoarseConfig,  # the configuration
 ) -> CoarseTask:

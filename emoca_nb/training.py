@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'order_of', 'Stream', 'RunConfig', 'Plan', 'plan', 'save_checkpoint', 'read_checkpoint',
-           'newest_checkpoint', 'gather', 'Result', 'fit', 'history', 'curves']
+           'newest_checkpoint', 'gather', 'fingerprint', 'Result', 'fit', 'history', 'curves']
 
 # %% ../nbs/03b_training.ipynb #575af753
-import json, logging, math, os, signal, threading, warnings, zipfile
+import hashlib, json, logging, math, os, signal, threading, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -409,6 +409,19 @@ def _interruptible():
     before = signal.getsignal(signal.SIGINT)
     try: yield
     finally: signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+# %% ../nbs/03b_training.ipynb #e2f70ffd
+def fingerprint(
+    *parts,  # modules, arrays, and anything that json can write
+) -> str:
+    "A short name for exactly these values."
+    h = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict() if isinstance(part, nn.Module) else dict(array=torch.as_tensor(part)) if hasattr(part, "dtype") else {}
+        if not tensors: h.update(json.dumps(part).encode())
+        for name, t in tensors.items():
+            h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
 
 # %% ../nbs/03b_training.ipynb #925be225
 def _identity(task, train, val, config, world, about):
