@@ -1217,6 +1217,7 @@ _ONE_OF = dict(jpeg=(50.0, 90.0), noise=(0.0, 10.0), blur=(0.0, 1.5), sharpen=(0
 RECIPES = {
     "none": Recipe(),
     "flip": Recipe(flip=0.5),
+    "look": Recipe(**_ONE_OF),  # nothing moves: for pictures whose codes are known
     "emoca": Recipe((0.9, 1.1), 10, 0.05, **_ONE_OF),
     "emotion": Recipe((0.8, 1.2), 10, 0.1, **_ONE_OF),
 }

@@ -19,10 +19,11 @@ from torch.nn.utils import parametrize
 
 from .core import ASSETS, AssetMissing, BadFile, EmocaError, asset, atomic_write, load_checkpoint, load_npz, pick_device, progress, seed_everything, settings
 from .data import Augment, BalancedSampler, Batch, EpochSampler, FaceDataset, GroupSampler
-from .data import affectnet, balanced_weights, face_mask, facial_expressions, image_folder, loader, vggface2
+from .data import _digest, affectnet, balanced_weights, face_mask, facial_expressions, image_folder, loader, vggface2
 from .emotion_net import Emotion, EmotionNet, emotion_metrics, load_emotion_net
 from .emotion_net import emotion_net as build_emotion_net
 from .encoders import LAYOUT, Codes, Encoders, load_encoders, neutral_codes
+from .fitting import Fitter, landmark_error
 from .flame import FLAME
 from .losses import STAGES as LOSSES
 from .losses import Compared, LossWeights, compare, shuffle_within, total, vggface2_input
@@ -33,10 +34,10 @@ from .training import Result, RunConfig, fingerprint, fit, pl
 # %% auto #0
 __all__ = ['STAGES', 'SPLITS', 'WORLDS', 'UNITS', 'Stage', 'CoarseConfig', 'stage_of', 'world', 'datasets', 'batches', 'Drawn',
            'Decoder', 'compose', 'units', 'scale_rows', 'unscale_rows', 'crop_between', 'move_camera', 'Truth',
-           'truth_loss', 'expression_rows', 'copy_expression', 'encoders_for', 'CoarseTask', 'Frozen', 'remember',
-           'make_task', 'use_own_units', 'CoarseResult', 'run_folder', 'train_coarse', 'landmark_error',
-           'expression_error', 'Seen', 'see', 'emotion_from_codes', 'agreement', 'measure', 'read_config',
-           'train_coarse_command']
+           'of_world', 'of_fit', 'truth_for', 'truth_loss', 'expression_rows', 'copy_expression', 'encoders_for',
+           'CoarseTask', 'Frozen', 'remember', 'make_task', 'use_own_units', 'CoarseResult', 'run_folder',
+           'train_coarse', 'expression_error', 'Seen', 'see', 'emotion_from_codes', 'agreement', 'measure',
+           'read_config', 'train_coarse_command']
 
 # %% ../nbs/05_train_coarse.ipynb #59714ebf
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Stage:
     outputs: tuple[str, ...] = ("exp",)  # of E_e: "exp", "rotation", "jaw"
     start: str = "mean"  # "mean": E_c at the mean face; "given": E_c as it is; "backbone": E_e with E_c's backbone; "coarse": E_e as E_c
     truth: float = 0.0  # weight of known codes; 0 as in every publication
+    decay: bool = False  # the rate falls to zero along half a cosine; needs max_steps
 
 # %% ../nbs/05_train_coarse.ipynb #61cd6c83
 _DECA = Stage("coarse", LOSSES["deca_coarse"], ("vggface2", "bupt"), lr=1e-4, batch=8, each=2, max_steps=200_000, order="persons",
@@ -82,6 +84,7 @@ STAGES |= {name: replace(_EMOCA, losses=LOSSES[name]) for name in LOSSES if name
 # %% ../nbs/05_train_coarse.ipynb #db0d1129
 _KNOWN = LossWeights(landmarks=1, eye=0.5, mouth=0.5, shape=1e-4, exp=1e-4, code_form="norm")
 STAGES["synthetic"] = Stage("coarse", _KNOWN, ("synthetic",), lr=1e-3, batch=32, max_epochs=8, scale=(1.2, 1.6), truth=1.0)
+STAGES["fitted"] = replace(STAGES["synthetic"], losses=replace(_KNOWN, landmarks=10, eye=5, mouth=5), data=("synthetic", "photographs"), max_steps=4000, max_epochs=None, augment="look", decay=True)
 STAGES["photographs"] = replace(_DECA, losses=replace(LOSSES["deca_coarse"], identity=0), data=("photographs",), lr=3e-4, batch=32, each=1, max_steps=None, max_epochs=8, order="shuffled", scale=(1.2, 1.6), exchange=False)
 
 # %% ../nbs/05_train_coarse.ipynb #5f7bd80d
@@ -316,15 +319,15 @@ _KNOWN_CODES = "shape", "tex", "exp", "pose", "cam", "light", "eyelid", "eye_pos
 
 
 class Truth:
-    "What the synthetic world knows of its pictures."
+    "What is known of pictures: their codes, and where their landmarks are."
 
     def __init__(
         self,
-        root,  # of a set
+        *tables: Mapping[str, np.ndarray],  # path, landmarks (N,68,2) and mediapipe (N,105,2) in [-1,1], and codes; see `of_world` and `of_fit`
     ):
-        arrays = ground_truth(root, ("path", "landmarks", "mediapipe", *_KNOWN_CODES))
-        self.rows = {self.key(p): i for i, p in enumerate(arrays.pop("path"))}
-        self.arrays = {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in arrays.items()}
+        joined = {k: np.concatenate([t[k] for t in tables]) for k in ("path", "landmarks", "mediapipe", *_KNOWN_CODES)}
+        self.rows = {self.key(p): i for i, p in enumerate(joined.pop("path"))}
+        self.arrays = {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in joined.items()}
 
     @staticmethod
     def key(
@@ -338,12 +341,48 @@ class Truth:
         batch: Batch,  # of pictures of the set
     ) -> tuple[Codes, Tensor]:  # codes with eyelids and eyes, and (B,105,2) MediaPipe landmarks
         "What is known of a batch."
-        if missing := [p for p in batch.path if self.key(p) not in self.rows]: raise EmocaError(f"{missing[0]} is no picture of the synthetic world")
+        if missing := [p for p in batch.path if self.key(p) not in self.rows]: raise EmocaError(f"{missing[0]} is no picture whose codes are known")
         rows = torch.tensor([self.rows[self.key(p)] for p in batch.path])
         here = {k: v[rows].to(batch.image.device) for k, v in self.arrays.items()}
         a, b = crop_between(here.pop("landmarks"), batch.landmarks)
         points = a * here.pop("mediapipe") + b
         return Codes(**here | dict(cam=move_camera(here["cam"], a, b))), points
+
+# %% ../nbs/05_train_coarse.ipynb #56b65b50
+def of_world(
+    root,  # of a synthetic set
+) -> dict[str, np.ndarray]:  # a table of `Truth`
+    "What the synthetic world knows of its pictures."
+    return ground_truth(root, ("path", "landmarks", "mediapipe", *_KNOWN_CODES))
+
+# %% ../nbs/05_train_coarse.ipynb #84029a62
+@torch.no_grad()
+def of_fit(
+    faces: FaceDataset,  # with landmarks, or a detector
+    flame: FLAME,  # the head layer
+) -> dict[str, np.ndarray]:  # a table of `Truth`
+    "What the fit to the landmarks says of photographs; kept in the data folder."
+    path = settings().data / f"cache/fits-{fingerprint(_digest(faces), flame)}.npz"
+    if not path.is_file():
+        fitter, rows = Fitter(flame).eval(), []
+        for batch in progress(loader(faces, 32), f"{faces.name}: fits"):
+            codes = fitter(batch.image, batch.landmarks).codes
+            points = project(flame(**codes.head()).landmarks_mp, codes.cam)[..., :2]
+            here = dict(eyelid=points.new_zeros(len(points), 2), eye_pose=points.new_zeros(len(points), 6)) | dict(codes.items())
+            rows.append({k: v.numpy() for k, v in here.items()} | dict(landmarks=batch.landmarks.numpy(), mediapipe=points.numpy(), path=np.array(batch.path)))
+        with atomic_write(path) as temporary: np.savez(temporary, **{k: np.concatenate([r[k] for r in rows]) for k in rows[0]})
+    return load_npz(path)
+
+
+def truth_for(
+    c: CoarseConfig,  # the configuration
+    flame: FLAME,  # the head layer
+) -> Truth | None:
+    "What is known of a configuration's pictures: all of the synthetic world, and of photographs the fit where the stage is told codes; None where something is not known."
+    names = [name.strip() for name in c.data.split("+")]
+    if not stage_of(c).truth and not all(name in WORLDS for name in names): return None
+    fits = lambda name: [of_fit(part, flame) for part in _read(name, c, {})[:2]]
+    return Truth(*(table for name in names for table in ([of_world(world(c, name))] if name in WORLDS else fits(name))))
 
 # %% ../nbs/05_train_coarse.ipynb #5f993666
 def truth_loss(
@@ -419,10 +458,11 @@ def check(self: CoarseTask):
         "emotion: an emotion network": w.emotion and self.emotion is None,
         "identity: the VGGFace2 network": w.identity and self.identity is None,
         "lips: a lip-reading network, which this project does not have": w.lips,
-        "MediaPipe landmarks or known codes: the synthetic world": (_uses_mediapipe(w) or self.stage.truth) and self.truth is None,
+        "MediaPipe landmarks or known codes: the synthetic world, or a stage that fits": (_uses_mediapipe(w) or self.stage.truth) and self.truth is None,
     }
     if ask := [what for what, missing in needs.items() if missing]:
         raise EmocaError(f"losses need what is not there ({'; '.join(ask)}); set their weights to 0")
+    if self.stage.decay and not self.stage.max_steps: raise EmocaError("a rate that falls to zero needs to know when: give the stage steps, not epochs")
 
 
 def _uses_mediapipe(w): return bool(w.landmarks_mp or w.eye_mp or w.mouth_mp or w.corner_mp)
@@ -431,7 +471,10 @@ def _uses_mediapipe(w): return bool(w.landmarks_mp or w.eye_mp or w.mouth_mp or 
 @patch
 def configure_optimizers(self: CoarseTask):
     "Adam on what trains."
-    return torch.optim.Adam([p for p in self.encoders.parameters() if p.requires_grad], self.stage.lr)
+    adam = torch.optim.Adam([p for p in self.encoders.parameters() if p.requires_grad], self.stage.lr)
+    if not self.stage.decay: return adam
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.stage.max_steps)
+    return dict(optimizer=adam, lr_scheduler=dict(scheduler=falling, interval="step"))
 
 # %% ../nbs/05_train_coarse.ipynb #a0a2ecca
 @dataclass(frozen=True)
@@ -602,8 +645,7 @@ def make_task(
     if c.own_units: use_own_units(encoders, s.trains)
     emotion = load_emotion_net(s.emotion_net, c.emotion_file) if w.emotion else None
     identity = build_emotion_net("resnet50", "vggface2") if w.identity else None
-    truth = Truth(world(c, c.data)) if c.data in WORLDS else None
-    return CoarseTask(s, encoders, decoder, emotion, identity, truth, Augment(s.augment, c.seed))
+    return CoarseTask(s, encoders, decoder, emotion, identity, truth_for(c, decoder.flame), Augment(s.augment, c.seed))
 
 
 def use_own_units(
@@ -659,7 +701,7 @@ def train_coarse(
     train, val, _ = datasets(c)
     _remember(task, c, s, out, train=train, val=val)
     same = {k: getattr(c, k) for k in "precision accumulate seed device devices nodes".split()}
-    run = RunConfig(max_steps=s.max_steps, max_epochs=s.max_epochs, val_every=s.val_every, patience=s.patience or None, **same)
+    run = RunConfig(max_steps=s.max_steps, max_epochs=s.max_epochs, val_every=s.val_every, patience=s.patience or None, channels_last=True, **same)
     done = fit(task.train(), batches(train, c, True), batches(val, c), out, run, _about(c, s, task))
     encoders = done.task.encoders
     for part in (encoders.E_flame, encoders.E_expression): part is not None and unscale_rows(part.layers[2])
@@ -668,14 +710,6 @@ def train_coarse(
     return CoarseResult(c, done, encoders)
 
 # %% ../nbs/05_train_coarse.ipynb #4cdd9d24
-def landmark_error(
-    points: Tensor,  # (B,68,2)
-    target: Tensor,  # (B,68,2)
-) -> Tensor:  # (B,)
-    "Mean distance over the distance of the outer eye corners."
-    return (points - target).norm(dim=-1).mean(1) / (target[:, 36] - target[:, 45]).norm(dim=-1)
-
-
 def expression_error(
     flame: FLAME,  # the head layer
     codes: Codes,  # found

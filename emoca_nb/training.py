@@ -417,8 +417,8 @@ def fingerprint(
     "A short name for exactly these values."
     h = hashlib.sha256()
     for part in parts:
-        tensors = part.state_dict() if isinstance(part, nn.Module) else dict(array=torch.as_tensor(part)) if hasattr(part, "dtype") else {}
-        if not tensors: h.update(json.dumps(part).encode())
+        if isinstance(part, nn.Module): tensors = dict(part.named_parameters()) | dict(part.named_buffers())
+        else: tensors = dict(array=torch.as_tensor(part)) if hasattr(part, "dtype") else h.update(json.dumps(part).encode()) or {}
         for name, t in tensors.items():
             h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]

@@ -16,8 +16,9 @@ from emoca_nb.core import AssetMissing, BadFile, EmocaError
 from emoca_nb.data import Batch, collate, loader
 from emoca_nb.emotion_net import emotion_net, save_emotion_net
 from emoca_nb.encoders import Codes, Encoders, load_encoders, neutral_codes
+from emoca_nb.fitting import landmark_error
 from emoca_nb.losses import LossWeights
-from emoca_nb.train_coarse import (STAGES, CoarseConfig, CoarseTask, Decoder, Frozen, Truth, batches, compose, datasets, encoders_for, make_task,
+from emoca_nb.train_coarse import (STAGES, CoarseConfig, CoarseTask, Decoder, Frozen, Truth, batches, compose, datasets, encoders_for, make_task, of_world,
                                    read_config, remember, stage_of, train_coarse, unscale_rows, use_own_units, world)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -281,8 +282,22 @@ def test_stages_and_parameters_are_named(config, tmp_path):
 
 
 def test_pictures_of_other_worlds_have_no_truth(config, batch):
-    truth = Truth(world(config))
-    with pytest.raises(EmocaError, match="no picture of the synthetic world"): truth(replace(batch, path=["x/y.jpg"] * 4))
+    truth = Truth(of_world(world(config)))
+    with pytest.raises(EmocaError, match="no picture whose codes are known"): truth(replace(batch, path=["x/y.jpg"] * 4))
+
+
+def test_photographs_are_told_by_the_fit(config):
+    c = replace(config, stage="fitted", coarse=None, data=str(world(config)), steps=2)  # a folder: that it is a synthetic one is not looked at
+    task = make_task(c)
+    some = next(iter(loader(datasets(c)[0], 4)))
+    told, known = task.truth(some)[0], Truth(of_world(world(config)))(some)[0]
+    assert landmark_error(task.decoder(told, False).landmarks, some.landmarks).median() < .05
+    assert .01 < (told.exp - known.exp).abs().mean() < .3 and not told.eyelid.any()
+    assert train_coarse(c).run.steps == 2
+    set_up = task.configure_optimizers()
+    for _ in range(2): set_up["optimizer"].step(), set_up["lr_scheduler"]["scheduler"].step()
+    assert set_up["optimizer"].param_groups[0]["lr"] < 1e-9
+    with pytest.raises(EmocaError, match="steps, not epochs"): make_task(replace(c, steps=None, epochs=1))
 
 
 def test_every_profile_is_a_configuration():
