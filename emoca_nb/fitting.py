@@ -488,7 +488,7 @@ class PixelTerms:
     emotion: float = 20.0  # per unit of distance of emotion features
     steps: int = 24  # of Adam
     rate: float = 0.1  # of a step, in spreads
-    size: int = 112  # of the pictures compared, pixels; 224 with an emotion network
+    size: int = 112  # of the pictures compared, pixels; with an emotion network at least its own
 
 
 @patch
@@ -519,7 +519,7 @@ def refine(
 # %% ../nbs/04c_fitting.ipynb #a82c0945
 def _compare(fitter, photo, emotion, pixels):
     "The energy of pictures: a function of codes."
-    size = pixels.size if emotion is None else 224
+    size = pixels.size if emotion is None else max(pixels.size, emotion.size or 224)
     renderer = HeadRenderer(fitter.flame.head, size).to(photo.device)
     target = F.interpolate(photo, size=(size, size), mode="area")
     feature = None if emotion is None else emotion(target).feature.detach()

@@ -28,14 +28,13 @@ from .renderer import HeadRenderer, bake_uv, faces_camera, project, sample_uv, s
 from .viewer import HeadViewer
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'PACKAGED', 'EMOTION_NETS', 'SURE', 'pick_model', 'pick_emotion_net', 'Reconstructor', 'Head', 'widened',
+__all__ = ['PUBLISHED', 'EMOTION_NETS', 'SURE', 'pick_model', 'pick_emotion_net', 'Reconstructor', 'Head', 'widened',
            'content_of', 'Job', 'CannotWrite', 'Reconstruction', 'Failure', 'find_pictures', 'jobs_of', 'Results',
            'reconstruct', 'writable', 'reconstruct_command', 'shown_head', 'Studio']
 
 # %% ../nbs/05a_reconstruct.ipynb #b3b51b6d
 PUBLISHED = dict(emoca_v2_lr_mse_20="EMOCA v2 (lip reading, MSE)", emoca_v2_lr_cos_1_5="EMOCA v2 (lip reading, cosine)", emoca_v2_mp="EMOCA v2 (MediaPipe)",
                  emoca_v1="EMOCA v1", deca="DECA")
-PACKAGED = Path(__file__).parent / "files" / "coarse.pt" if "__file__" in globals() else Path("files/coarse.pt")
 
 
 def pick_model(
@@ -45,7 +44,7 @@ def pick_model(
     if name != "auto": return name
     files = settings().files
     there = [n for n in PUBLISHED if files[n].exists()] if files["flame2020"].exists() else []
-    return there[0] if there else str(PACKAGED) if PACKAGED.is_file() else "fit"
+    return there[0] if there else "fit"
 
 # %% ../nbs/05a_reconstruct.ipynb #a48d1b92
 EMOTION_NETS = "resnet50", "swin_b", "emonet_8", "mobilenet_v3", "efficientnet_lite0", "resnet18"
@@ -55,10 +54,10 @@ def pick_emotion_net(
     name: str | None = None,  # one of EMOTION_NETS, "none"; None: the first that is here
 ) -> nn.Module | None:
     "A trained emotion network, or None."
-    if name is not None: return None if name == "none" else load_emotion_net(name)
+    if name is not None: return None if name == "none" else load_emotion_net(name).freeze()
     files = settings().files
     here = lambda n: files[RELEASED[n]].exists() if n in RELEASED else trained_here(n).is_file() or packaged(n).is_file()
-    return next((load_emotion_net(n) for n in EMOTION_NETS if here(n)), None)
+    return next((load_emotion_net(n).freeze() for n in EMOTION_NETS if here(n)), None)
 
 # %% ../nbs/05a_reconstruct.ipynb #00aee4c6
 class Reconstructor(nn.Module):

@@ -257,7 +257,6 @@ def test_encoders_take_the_fits_place(photo, tmp_path, work, monkeypatch):
 def test_models_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("EMOCA_NB_SETTINGS", str(tmp_path / "settings.ini"))
     (tmp_path / "settings.ini").write_text("[paths]\ndata = data\n")
-    monkeypatch.setattr(module, "PACKAGED", tmp_path / "none.pt")
     assert pick_model() == "fit" and pick_model("deca") == "deca"
     for name in ("flame/FLAME2020/generic_model.pkl", "deca/deca_model.tar"):
         (tmp_path / "data" / name).parent.mkdir(parents=True)
