@@ -619,9 +619,9 @@ def pose_head(
     return head_layer()(*(codes[k] for k in ("shape", "exp", "pose", "eye_pose")), eyelid=codes["eyelid"])
 
 def pose_together(
-    scenes: list[Scene],
+    scenes: list[Scene],  # any number
 ) -> list[tuple[dict, HeadOutput]]:  # of each scene: its codes and its head, each with a batch of one
-    "The heads of several scenes, in a fifth of the time that each alone would take."
+    "Heads of several scenes, posed at once."
     with torch.inference_mode(), one_thread():
         codes = [codes_of(s) for s in scenes]
         heads = pose_head({k: torch.cat([c[k] for c in codes]) for k in codes[0]})
@@ -894,7 +894,7 @@ def of(self: Pixels,
 
 @_jit
 def _spread(values, index, out):
-    "Write values (C,n) into the pixels `index` (n,) of a picture (S*S,C)"
+    "Write values (C,n) to pixels `index` (n,) of a picture (S*S,C)"
     for i in range(len(index)):
         for c in range(len(values)): out[index[i], c] = values[c, i]
 
@@ -1359,7 +1359,7 @@ def light_of(
 def draw(
     scene: Scene,  # what is photographed
     size: int = 224,  # side of the picture, pixels
-    posed: tuple | None = None,  # its codes and its head, from `pose_together`; None: posed here
+    posed: tuple | None = None,  # from `pose_together`; None: posed here
 ) -> Photograph:
     "Take a photograph."
     with torch.inference_mode(), one_thread():
