@@ -11,7 +11,7 @@ __all__ = ['log', 'LABELS', 'RECORD', 'PROBLEM', 'VIDEO_SUFFIXES', 'TURN', 'CLAS
            'Draws', 'draw', 'mirror', 'move', 'Augment', 'picture_notes', 'check_data', 'open_layout',
            'check_data_command', 'KeptFaces']
 
-# %% ../nbs/03_data.ipynb #e1b208fa
+# %% ../nbs/03_data.ipynb #2721d93b
 import copy, hashlib, json, logging, math, os, re
 from bisect import bisect_right
 from collections import Counter
@@ -31,7 +31,7 @@ from .open_head import EMOTIONS
 
 log = logging.getLogger("emoca_nb")
 
-# %% ../nbs/03_data.ipynb #855596fa
+# %% ../nbs/03_data.ipynb #5b687629
 @dataclass
 class Sample:
     "One face, cut out; None where something is not known."
@@ -49,7 +49,7 @@ class Sample:
     mask: Tensor | None = None  # (1,S,S) uint8, 1 on the face
     action_units: Tensor | None = None  # (A,) 0 or 1, NaN where not known
 
-# %% ../nbs/03_data.ipynb #5f66b886
+# %% ../nbs/03_data.ipynb #b23b42ef
 @dataclass(frozen=True)
 class Skipped:
     "A face that could not be read."
@@ -57,7 +57,7 @@ class Skipped:
     index: int
     reason: str
 
-# %% ../nbs/03_data.ipynb #ea24c436
+# %% ../nbs/03_data.ipynb #0b72b810
 @dataclass
 class Batch:
     "Faces side by side; NaN or -1 where something is not known."
@@ -75,7 +75,7 @@ class Batch:
 
     def __len__(self): return len(self.path)
 
-# %% ../nbs/03_data.ipynb #1bd46ec3
+# %% ../nbs/03_data.ipynb #6b6988a0
 @patch
 def to(
     self: Batch,
@@ -88,7 +88,7 @@ def to(
         if parts[name] is not None and parts[name].dtype == torch.uint8: parts[name] = parts[name] / top
     return Batch(**parts)
 
-# %% ../nbs/03_data.ipynb #d9822fa7
+# %% ../nbs/03_data.ipynb #bf3b60cb
 def _stack(parts, shape, dtype=torch.float32, absent=math.nan):
     "Tensors side by side, `absent` where there is none."
     return torch.stack([torch.full(shape, absent, dtype=dtype) if p is None else torch.as_tensor(p, dtype=dtype) for p in parts])
@@ -100,7 +100,7 @@ def _optional(parts, dtype=torch.float32):
     if len(shapes) > 1: raise EmocaError(f"samples of different shapes in one batch: {sorted(shapes)}")
     return _stack(parts, shapes.pop(), torch.float32 if None in parts else dtype) if shapes else None
 
-# %% ../nbs/03_data.ipynb #edd0de81
+# %% ../nbs/03_data.ipynb #a290ce96
 def collate(
     samples: list,  # of `Sample` and `Skipped`
     group: int = 1,  # how many neighbours belong together
@@ -119,7 +119,7 @@ def collate(
         mask=_optional([s.mask for s in good], torch.uint8), action_units=_optional([s.action_units for s in good]),
         skipped=[s for s in samples if isinstance(s, Skipped)])
 
-# %% ../nbs/03_data.ipynb #45eb10f6
+# %% ../nbs/03_data.ipynb #9d6b713c
 LABELS = ("path", "expression", "valence", "arousal", "identity", "video", "frame")
 RECORD = {  # what a record may hold
     "path": "the picture, or the video",
@@ -136,7 +136,7 @@ RECORD = {  # what a record may hold
 }
 PROBLEM = ["row", "path", "kind", "reason"]
 
-# %% ../nbs/03_data.ipynb #0851cd21
+# %% ../nbs/03_data.ipynb #2101b07e
 def _problems(rows, paths, kind, reason):
     "A table of problems; `reason` is one text, or one for each row."
     paths = list(paths)
@@ -154,7 +154,7 @@ def _label_reasons(table):
     out[twice & (out == "")] = "the same picture as in a row before"
     return out
 
-# %% ../nbs/03_data.ipynb #6c36dab4
+# %% ../nbs/03_data.ipynb #6cac18db
 def _table(records):
     "Records as a table with every column; labels as numbers, NaN where absent."
     table = pd.DataFrame(records)
@@ -167,7 +167,7 @@ def _table(records):
     table["path"] = pd.Series([text(p) for p in table.path.to_numpy(object)], table.index, object)
     return table
 
-# %% ../nbs/03_data.ipynb #bbfee5c4
+# %% ../nbs/03_data.ipynb #ab52e167
 VIDEO_SUFFIXES = frozenset(".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg".split())
 def _is_video(path): return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
 
@@ -176,7 +176,7 @@ TURN = 1 << 40  # row + TURN * epoch names a face and its draw
 _GOOD, _BAD = 1, 2
 _ABSENT = (BadFile, UnsafeFile)  # what makes a face unreadable; anything else is a mistake in the program or the settings
 
-# %% ../nbs/03_data.ipynb #ee6495fc
+# %% ../nbs/03_data.ipynb #2cef46f1
 class FaceDataset(Dataset):
     "Faces with their labels, cut out when they are asked for."
 
@@ -210,7 +210,7 @@ class FaceDataset(Dataset):
         self.max_bad, self.store, self.slot = max_bad, None, None
         if len(self.problems): log.warning("%s", self.summary())
 
-# %% ../nbs/03_data.ipynb #5d23ee8f
+# %% ../nbs/03_data.ipynb #090d43e5
 @patch
 def _fill(self: FaceDataset, table):
     "Keep the table's columns as arrays, which workers share with their parent."
@@ -230,7 +230,7 @@ def _fill(self: FaceDataset, table):
     self.rule = np.zeros(len(table), np.int64)
     self._begin()
 
-# %% ../nbs/03_data.ipynb #47fdfaeb
+# %% ../nbs/03_data.ipynb #c31d5d9f
 def _arrays(values, shape, paths):
     "Arrays of one shape as one array, NaN where there is none; None where there is none at all."
     there = [i for i, v in enumerate(values) if v is not None and not isinstance(v, (str, os.PathLike))]
@@ -249,7 +249,7 @@ def _begin(self: FaceDataset):
     self.person = pd.factorize(names, sort=False)[0].astype(np.int64)
     self.state = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
-# %% ../nbs/03_data.ipynb #dffd218b
+# %% ../nbs/03_data.ipynb #4972c73d
 @patch
 def __len__(self: FaceDataset): return len(self.paths)
 
@@ -273,12 +273,12 @@ def labels(self: FaceDataset) -> pd.DataFrame:  # columns `LABELS`; expression a
     columns = dict(path=self.paths, expression=self.expression, valence=self.valence, arousal=self.arousal, identity=self.identity, video=self.video)
     return pd.DataFrame({**columns, "frame": self.frame}, columns=list(LABELS))
 
-# %% ../nbs/03_data.ipynb #92734ebb
+# %% ../nbs/03_data.ipynb #39084257
 def _whole(width, height, size):
     "The whole picture, as it is where it has the crop's size."
     return Crop(((width - 1) / 2, (height - 1) / 2), max(width, height) - 1, size)
 
-# %% ../nbs/03_data.ipynb #c60fd5dd
+# %% ../nbs/03_data.ipynb #22b7de92
 @patch
 def _crop(self: FaceDataset, i, epoch, image, points, box, rule):
     "The square to cut."
@@ -296,7 +296,7 @@ def _crop(self: FaceDataset, i, epoch, image, points, box, rule):
     if crop.side < rule["smallest"]: raise BadFile(self.paths[i], f"a face of {rule['smallest']} pixels or more", f"{crop.side:.0f}")
     return crop
 
-# %% ../nbs/03_data.ipynb #0bfe3573
+# %% ../nbs/03_data.ipynb #30273f2d
 def _overlap(a, b):
     "Common part of two boxes over their union."
     common = np.prod(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0))
@@ -312,7 +312,7 @@ def _find(self: FaceDataset, i, image, box, detector):
     if face.landmarks is None: raise EmocaError(f"the detector {found.detector} does not give 68 landmarks; choose another for these data")
     return face.landmarks
 
-# %% ../nbs/03_data.ipynb #fa15b635
+# %% ../nbs/03_data.ipynb #baa41242
 def _landmark_file(path):
     "68 points from a .npy file, (68,2) pixels."
     a = load_npy(path)
@@ -330,7 +330,7 @@ def _points(self: FaceDataset, i, image, box, detector):
     if points is not None and not np.isfinite(points).all(): raise BadFile(self.paths[i], "landmarks that are numbers", "NaN or infinity")
     return points
 
-# %% ../nbs/03_data.ipynb #7a1699b9
+# %% ../nbs/03_data.ipynb #d5c2821e
 def _face_mask_file(path, shape):
     "A mask of a picture's size, (H,W) bool, true on the face."
     mask = load_npy(path) if str(path).endswith(".npy") else read_image(path)[..., 0] / 255
@@ -339,7 +339,7 @@ def _face_mask_file(path, shape):
     labels = mask.dtype.kind in "iu" and 1 < mask.max(initial=0) < 19 and mask.min() >= 0
     return parsed_mask(mask.squeeze()) if labels else mask.squeeze() > 0.5
 
-# %% ../nbs/03_data.ipynb #b638c838
+# %% ../nbs/03_data.ipynb #075b5d97
 @patch
 def _pixels(self: FaceDataset, i, epoch=0):
     "Crop (3,S,S) uint8, landmarks (68,2) or None, mask (1,S,S) uint8 or None; `BadFile` where that cannot be."
@@ -355,7 +355,7 @@ def _pixels(self: FaceDataset, i, epoch=0):
     inside = None if mask is None else (cut(mask[..., None].astype(np.uint8) * 255) > 127).byte()
     return cut(image, order=rule["order"], antialias=rule["antialias"]), landmarks, inside
 
-# %% ../nbs/03_data.ipynb #620a274b
+# %% ../nbs/03_data.ipynb #e169906b
 def _stretched(stretch, image, points, box, mask):
     "Frame, points, box and mask with square pixels."
     width, height, shown = stretch
@@ -371,7 +371,7 @@ def _picture(self: FaceDataset, i):
     path = self.paths[i]
     return _frame(path, int(self.frame[i])) if _is_video(path) else read_image(path)
 
-# %% ../nbs/03_data.ipynb #73fd1968
+# %% ../nbs/03_data.ipynb #244b3748
 @patch
 def __getitem__(
     self: FaceDataset,
@@ -395,7 +395,7 @@ def __getitems__(self: FaceDataset, rows):
     "Many faces, as a loader asks for them; `Skipped` where one cannot be used."
     return [self._try(i) for i in rows]
 
-# %% ../nbs/03_data.ipynb #95a2e5da
+# %% ../nbs/03_data.ipynb #382efb47
 @patch
 def _try(self: FaceDataset, i):
     row = i % TURN
@@ -417,12 +417,12 @@ def _count(self: FaceDataset, skipped):
         last = f"{skipped.path}: {skipped.reason}"
         raise EmocaError(f"{self.name}: {bad} of {seen} faces cannot be read, the last one {last}. `emoca-nb check-data` lists them all.")
 
-# %% ../nbs/03_data.ipynb #01582d0d
+# %% ../nbs/03_data.ipynb #a3e8d86b
 def _reason(e):
     "What an error says, without the path."
     return f"{e.args[2]} instead of {e.args[1]}" if isinstance(e, BadFile) else str(e)
 
-# %% ../nbs/03_data.ipynb #c89cbf56
+# %% ../nbs/03_data.ipynb #9352484a
 @patch
 def detected(
     self: FaceDataset,
@@ -436,7 +436,7 @@ def detected(
     out._begin()
     return out
 
-# %% ../nbs/03_data.ipynb #0a128f04
+# %% ../nbs/03_data.ipynb #779961b4
 @patch
 def subset(
     self: FaceDataset,
@@ -456,7 +456,7 @@ def subset(
 
 _COLUMNS = "rows paths expression frame valence arousal identity video mask_files landmark_files landmarks boxes action_units rule slot".split()
 
-# %% ../nbs/03_data.ipynb #7b81181e
+# %% ../nbs/03_data.ipynb #26ff2f3b
 @patch
 def split(
     self: FaceDataset,
@@ -471,7 +471,7 @@ def split(
     rank = np.argsort(order)[groups]
     return [self.subset((rank >= a) & (rank < b)) for a, b in zip([0, *ends], ends)]
 
-# %% ../nbs/03_data.ipynb #8fa9a322
+# %% ../nbs/03_data.ipynb #af1189e2
 @patch
 def _groups(self: FaceDataset, by):
     "Which faces belong together, as numbers from 0."
@@ -480,7 +480,7 @@ def _groups(self: FaceDataset, by):
     names = self.identity if by == "identity" else self.video
     return pd.factorize(pd.Series([i if n is None else (r, n) for i, (r, n) in enumerate(zip(self.rule, names))], dtype=object))[0]
 
-# %% ../nbs/03_data.ipynb #09aef88e
+# %% ../nbs/03_data.ipynb #d7c3ad9d
 @patch
 def __add__(
     self: FaceDataset,
@@ -496,13 +496,13 @@ def __add__(
     out._begin()
     return out
 
-# %% ../nbs/03_data.ipynb #270bc841
+# %% ../nbs/03_data.ipynb #135c9e3a
 def _joined(a, b, n, m):
     if a is None and b is None: return None
     shape = (a if a is not None else b).shape[1:]
     return np.concatenate([np.full((k, *shape), np.nan, np.float32) if v is None else v for v, k in ((a, n), (b, m))])
 
-# %% ../nbs/03_data.ipynb #317fea00
+# %% ../nbs/03_data.ipynb #710a8ab1
 _NAMES = {name.lower(): k for k, name in enumerate(EMOTIONS)} | {
     "happiness": 1, "sadness": 2, "surprised": 3, "fearful": 4, "afraid": 4, "disgusted": 5, "angry": 6} | {str(k): k for k in range(8)}
 
@@ -513,7 +513,7 @@ def class_number(
     "The class that a name means, or None."
     return _NAMES.get(str(name).strip().lower())
 
-# %% ../nbs/03_data.ipynb #1453b0bf
+# %% ../nbs/03_data.ipynb #5dd63908
 def image_folder(
     root,  # the folder
     classes: bool = True,  # read labels from the names of the folders
@@ -531,7 +531,7 @@ def _folder(root):
     if not os.path.isdir(root): raise EmocaError(f"{root}: {what}; give the folder of the data set")
     return Path(root)
 
-# %% ../nbs/03_data.ipynb #c342abb8
+# %% ../nbs/03_data.ipynb #f5663426
 def _csv(path, columns):
     "A csv file as text columns, which must be among them; numbered like its lines."
     want = f"a csv file with the columns {', '.join(columns)}"
@@ -542,7 +542,7 @@ def _csv(path, columns):
     table.index += 2
     return table
 
-# %% ../nbs/03_data.ipynb #63bb4805
+# %% ../nbs/03_data.ipynb #f8a82759
 def _made(records, kind, reason, options, **defaults):
     "The dataset of the rows without a reason; the others are its problems."
     reason = pd.Series(reason, records.index, dtype=object)
@@ -550,7 +550,7 @@ def _made(records, kind, reason, options, **defaults):
     kind = kind if isinstance(kind, str) else pd.Series(kind, records.index, dtype=object)[left]
     return FaceDataset(records[~left], **{"problems": _problems(records.index[left], records.path[left], kind, reason[left]), **defaults, **options})
 
-# %% ../nbs/03_data.ipynb #314f5ac5
+# %% ../nbs/03_data.ipynb #9d0edba9
 _FIFTHS = dict(training=(2, 3, 4), validation=(1,), testing=(0,))
 
 
@@ -561,7 +561,7 @@ def _fifth_of(expression, person):
     for k, (_, rows) in enumerate(folds): out |= dict.fromkeys(person[common][rows], k)
     return np.array([out.get(p, 4) for p in person])
 
-# %% ../nbs/03_data.ipynb #78043ec3
+# %% ../nbs/03_data.ipynb #257a41e3
 def facial_expressions(
     root,  # the folder with images/ and data/
     split: str | None = None,  # training, validation or testing, by person; None: all
@@ -576,7 +576,7 @@ def facial_expressions(
     faces = _made(records, "skipped", reason, options, name=f"facial_expressions {split or ''}".strip())
     return faces if split is None else faces.subset(np.isin(_fifth_of(faces.expression, faces.identity), _FIFTHS[split]))
 
-# %% ../nbs/03_data.ipynb #38c16035
+# %% ../nbs/03_data.ipynb #b26d233a
 CLASSES = {8: (0, 1, 2, 3, 4, 5, 6, 7), 7: (0, 1, 2, 3, 4, 5, 6), 5: (0, 1, 2, 3, 6)}
 
 
@@ -589,7 +589,7 @@ def class_index(
     table[list(CLASSES[classes])] = torch.arange(classes)
     return table.to(expression.device)[expression]
 
-# %% ../nbs/03_data.ipynb #f441407d
+# %% ../nbs/03_data.ipynb #be022ada
 def _numbers(column): return pd.to_numeric(column, errors="coerce").astype(float)
 
 
@@ -601,7 +601,7 @@ def _csv_points(column):
         except ValueError: pass
     return out.reshape(-1, 68, 2)
 
-# %% ../nbs/03_data.ipynb #a3fe4d3b
+# %% ../nbs/03_data.ipynb #e7f34d64
 def consistent(
     expression: np.ndarray,  # (N,) 0..7
     valence: np.ndarray,  # (N,)
@@ -613,12 +613,12 @@ def consistent(
     rules = [r < 0.2, (v > 0) & far, (v < 0) & far, (a > 0) & far, (a >= 0) & (v <= 0) & far, (v < 0) & far, (a > 0) & far, (v < 0) & far]
     return np.select([expression == k for k in range(8)], rules, False)
 
-# %% ../nbs/03_data.ipynb #48763c52
+# %% ../nbs/03_data.ipynb #764c6a41
 TOISOUL = {"training_emonet_split": (), "validation_emonet_split": ("val", False), "validation_emonet_split_clean": ("val", True),
            "testing_emonet_split": ("test", False), "testing_emonet_split_clean": ("test", True)}
 AFFECTNET = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks", "expression", "valence", "arousal"]
 
-# %% ../nbs/03_data.ipynb #fb9a4b31
+# %% ../nbs/03_data.ipynb #ad01a5a1
 def _affectnet_problems(table, ignore_invalid, classes):
     "For each row of AffectNet's csv, the kind and the reason of leaving it out, or the empty text."
     e, v, a = table.expression, table.valence, table.arousal
@@ -639,7 +639,7 @@ def _affectnet_problems(table, ignore_invalid, classes):
     if classes != 8: leave(~e.isin(CLASSES[classes]), "rule", f"not among the {classes} classes")
     return kind, reason
 
-# %% ../nbs/03_data.ipynb #d52369a4
+# %% ../nbs/03_data.ipynb #d7c33594
 def affectnet(
     root,  # the folder with training.csv and validation.csv
     split: str = "training",  # "training", "validation", or one of Toisoul's (below)
@@ -663,7 +663,7 @@ def affectnet(
     records = records.assign(expression=table.expression.where(table.expression < 8), valence=given("valence"), arousal=given("arousal"))
     return _made(records, kind, reason, options, name=f"AffectNet {split}")
 
-# %% ../nbs/03_data.ipynb #4034a917
+# %% ../nbs/03_data.ipynb #8367a4b6
 def _affectnet_table(root, split, emonet):
     "The rows of a split, as numbers."
     file = root / f"{split}.csv"
@@ -676,7 +676,7 @@ def _affectnet_table(root, split, emonet):
     return numbers[["expression", "valence", "arousal"]].assign(
         subDirectory_filePath=table.subDirectory_filePath, points=list(points), box=list(box), broken=np.isnan(points).any((1, 2)))
 
-# %% ../nbs/03_data.ipynb #fe5b142e
+# %% ../nbs/03_data.ipynb #0a22a838
 def _short(path): return "/".join(str(path).replace("\\", "/").split("/")[-2:])
 
 
@@ -688,7 +688,7 @@ def _emonet_labels(emonet, part):
         raise BadFile(path, "a dict of dicts", type(labels).__name__)
     return {_short(k): v for k, v in labels.items()}, path
 
-# %% ../nbs/03_data.ipynb #4f59a851
+# %% ../nbs/03_data.ipynb #ea8aeb83
 def _toisoul(root, split, emonet):
     "The rows of training.csv that belong to a part of Toisoul's split."
     table = _affectnet_table(root, "training", None)
@@ -703,7 +703,7 @@ def _toisoul(root, split, emonet):
         except (KeyError, ValueError, TypeError): raise BadFile(path, f"a number called {name} for each picture", "something else") from None
     return table[(table.expression_correct != 0) & (table.expression != 8)]
 
-# %% ../nbs/03_data.ipynb #209d5ba5
+# %% ../nbs/03_data.ipynb #aa3f7c92
 def affectnet8(
     root,  # the folder with train_set/ and val_set/
     split: str = "train",  # or "val"
@@ -718,7 +718,7 @@ def affectnet8(
     reason = np.select([numbers[n].isna() for n in numbers], [f"{n} is not a number" for n in numbers], "")
     return _made(records, "skipped", reason, options, name=f"AffectNet-8 {split}")
 
-# %% ../nbs/03_data.ipynb #ee985175
+# %% ../nbs/03_data.ipynb #7f020a71
 def _annotations(folder):
     "The numbers in a folder of .npy files, as texts."
     stems = sorted((p.name[:-8] for p in folder.glob("*_exp.npy")), key=lambda n: (len(n), n))
@@ -726,7 +726,7 @@ def _annotations(folder):
     kinds = ["exp", "val", "aro"]
     return pd.DataFrame([[n, *(read(n, kind) for kind in kinds)] for n in stems], columns=["number", *kinds])
 
-# %% ../nbs/03_data.ipynb #5d6ba1d7
+# %% ../nbs/03_data.ipynb #8b1eb98d
 def _json(path):
     "The dict in a json file."
     try: out = json.loads(Path(path).read_text("utf-8"))
@@ -738,7 +738,7 @@ def _json(path):
 def _whole_number(text): return int(text) if text.isdecimal() and text.isascii() and len(text) < 10 else None
 def _number(x, scale=1.0): return float(x) / scale if isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6 else None
 
-# %% ../nbs/03_data.ipynb #9e57ecd5
+# %% ../nbs/03_data.ipynb #beeb5a91
 def afew_va(
     root,  # the folder with 001/, 002/, ...
     **options,  # see `FaceDataset`
@@ -749,7 +749,7 @@ def afew_va(
     rows, reasons = zip(*(found for file in files for found in _afew_video(file)))
     return _made(pd.DataFrame(rows), "skipped", reasons, options, name="AFEW-VA", stretch=(720, 576, 960))
 
-# %% ../nbs/03_data.ipynb #fe531915
+# %% ../nbs/03_data.ipynb #b10501ff
 def _afew_video(file):
     "The record of each frame of a video, and what is wrong with it."
     about = _json(file)
@@ -770,7 +770,7 @@ def _afew_frame(file, frame, said, actor):
     row = dict(path=str(file.parent / f"{frame}.png"), valence=valence, arousal=arousal, video=file.stem, frame=number, identity=actor)
     return dict(row, landmarks=None if reason else points), reason or ("" if number is not None else "a frame without a number")
 
-# %% ../nbs/03_data.ipynb #e7117ce2
+# %% ../nbs/03_data.ipynb #1d5632ba
 def folds(
     dataset: FaceDataset,  # the faces
     n: int = 5,  # how many
@@ -782,7 +782,7 @@ def folds(
     names = [set(p.rows.tolist()) for p in parts]
     return [(dataset.subset(np.array([r not in held for r in dataset.rows.tolist()], bool)), part) for part, held in zip(parts, names)]
 
-# %% ../nbs/03_data.ipynb #f2cccc3a
+# %% ../nbs/03_data.ipynb #0c12b23c
 _SETS = {"va": ("va", "valence"), "expr": ("expr", "neutral"), "au": ("au", "au")}
 
 
@@ -795,7 +795,7 @@ def _annotation_files(root, task, split):
     if not files: raise BadFile(root, f"text files in a folder such as {task.upper()}_Set/{split.capitalize()}_Set", "none")
     return files
 
-# %% ../nbs/03_data.ipynb #6336a2de
+# %% ../nbs/03_data.ipynb #31b9d1ea
 def _aff_wild_columns(path, task):
     "The labels of a file's frames, and which frames are labelled."
     lines = path.read_text("utf-8-sig", errors="replace").splitlines()
@@ -813,7 +813,7 @@ def _float(text):
     try: return float(text)
     except ValueError: return math.nan
 
-# %% ../nbs/03_data.ipynb #a5a2f965
+# %% ../nbs/03_data.ipynb #4c826402
 def _aff_wild_labels(header, table, task):
     "Columns of a record, the reason of leaving a row out (or the empty text), and its kind."
     kind, reason = np.full(len(table), "", object), np.full(len(table), "", object)
@@ -834,7 +834,7 @@ def _aff_wild_labels(header, table, task):
     leave(expression < 0, "rule", "a class other than the eight")
     return dict(expression=expression), kind, reason
 
-# %% ../nbs/03_data.ipynb #ce064bc8
+# %% ../nbs/03_data.ipynb #c692fb6c
 def aff_wild2(
     root,  # the folder with the annotations and the pictures
     task: str = "va",  # "va", "expr" or "au"
@@ -858,7 +858,7 @@ def aff_wild2(
     out.unit_names = tuple(header) if task == "au" else ()
     return out
 
-# %% ../nbs/03_data.ipynb #a7e72497
+# %% ../nbs/03_data.ipynb #7cbb3a4b
 RAF_CLASSES = {1: 3, 2: 4, 3: 5, 4: 1, 5: 2, 6: 6, 7: 0}
 
 
@@ -868,7 +868,7 @@ def _raf_box(path):
     except (OSError, UnicodeError): return None
     return box if len(box) == 4 and all(map(math.isfinite, box)) else None
 
-# %% ../nbs/03_data.ipynb #4de40aa4
+# %% ../nbs/03_data.ipynb #549eddaf
 def raf_db(
     root,  # the folder of the basic set
     split: str = "train",  # or "test"
@@ -888,7 +888,7 @@ def raf_db(
     reason = ["" if e is not None else f"a class called {c!r}" for e, c in zip(expression, code)]
     return _made(pd.DataFrame(dict(path=paths, expression=expression, box=boxes), list(lines)), "skipped", reason, options, name=f"RAF-DB {split}")
 
-# %% ../nbs/03_data.ipynb #b54a0b07
+# %% ../nbs/03_data.ipynb #aec2a568
 class EpochSampler(Sampler):
     "An order of faces for each epoch."
 
@@ -919,7 +919,7 @@ class EpochSampler(Sampler):
     def __len__(self): return self.n
     def __iter__(self): return iter((self.order(self.epoch) + self.epoch * TURN).tolist())
 
-# %% ../nbs/03_data.ipynb #310488bd
+# %% ../nbs/03_data.ipynb #2027b433
 def balanced_weights(
     labels: pd.DataFrame,  # `FaceDataset.labels`
     by: str = "expression",  # "expression", "valence", "arousal", "va" (both together)
@@ -937,7 +937,7 @@ def balanced_weights(
     weights[there] = 1 / count[number.reshape(-1)]
     return weights
 
-# %% ../nbs/03_data.ipynb #f282897e
+# %% ../nbs/03_data.ipynb #ee76948c
 class BalancedSampler(EpochSampler):
     "Faces drawn with repetition, by weight."
 
@@ -959,7 +959,7 @@ class BalancedSampler(EpochSampler):
         draws = np.random.default_rng([self.seed, epoch]).random(self.n) * self.share[-1]
         return np.searchsorted(self.share, draws, side="right")
 
-# %% ../nbs/03_data.ipynb #01710996
+# %% ../nbs/03_data.ipynb #09d8c1f9
 class GroupSampler(EpochSampler):
     "K pictures of the same person side by side."
 
@@ -995,10 +995,10 @@ class GroupSampler(EpochSampler):
         first = draw.integers(rest + 1)
         return members[first : first + len(members) - rest]
 
-# %% ../nbs/03_data.ipynb #bf6eb113
+# %% ../nbs/03_data.ipynb #b3367115
 def _one_thread(worker): cv2.setNumThreads(0)
 
-# %% ../nbs/03_data.ipynb #bdb99999
+# %% ../nbs/03_data.ipynb #6b0ce32a
 class FaceLoader(DataLoader):
     "A DataLoader of `Batch`; an epoch each time it is gone through."
 
@@ -1024,7 +1024,7 @@ class FaceLoader(DataLoader):
         listed = "; ".join(f"{n} x {reason}" for reason, n in reasons)
         return f"{self.dataset.name}: {len(self.skipped)} of {len(self.sampler)} faces skipped ({listed})"
 
-# %% ../nbs/03_data.ipynb #30031fef
+# %% ../nbs/03_data.ipynb #221729d9
 def loader(
     dataset: FaceDataset,  # the faces
     batch_size: int = 32,  # faces
@@ -1043,7 +1043,7 @@ def loader(
     return FaceLoader(dataset, device, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=partial(collate, group=group),
                       drop_last=drop_last, persistent_workers=workers > 0, worker_init_fn=_one_thread, pin_memory=str(device).startswith("cuda"))
 
-# %% ../nbs/03_data.ipynb #05f7a408
+# %% ../nbs/03_data.ipynb #61b1b06b
 def _names(list_file, columns):
     "Names in an array file, each once, in their order."
     a = load_npy(list_file)
@@ -1054,7 +1054,7 @@ def _names(list_file, columns):
     if outside: raise BadFile(list_file, "names below the data folder", repr(outside[0][:100]))
     return list(dict.fromkeys(names))
 
-# %% ../nbs/03_data.ipynb #55066214
+# %% ../nbs/03_data.ipynb #231c12c2
 def _grouped(root, pictures, landmarks, masks, list_file, columns, suffix, name, options):
     "Records of pictures in folders of people."
     base = _folder(_folder(root) / pictures)
@@ -1068,7 +1068,7 @@ def _grouped(root, pictures, landmarks, masks, list_file, columns, suffix, name,
     if suffix == ".png": records |= dict(video=clip, frame=[_whole_number(f) for f in frame])
     return FaceDataset(pd.DataFrame(records), **{"name": name, **options})
 
-# %% ../nbs/03_data.ipynb #8340b245
+# %% ../nbs/03_data.ipynb #2875e899
 def vggface2(
     root,  # the folder with train/
     list_file=None,  # .npy array of names such as n000001/0001_01; None: all pictures
@@ -1080,7 +1080,7 @@ def vggface2(
     "VGGFace2, or BUPT, by identity."
     return _grouped(root, pictures, landmarks, masks, list_file, 5, ".jpg", "VGGFace2", options)
 
-# %% ../nbs/03_data.ipynb #ab783a6b
+# %% ../nbs/03_data.ipynb #3dedfdc4
 def voxceleb2(
     root,  # the folder with images_cropped/
     list_file=None,  # .npy array of names such as id00012/abc/00001/00025; None: all pictures
@@ -1092,7 +1092,7 @@ def voxceleb2(
     "VoxCeleb2, by identity."
     return _grouped(root, pictures, landmarks, masks, list_file, None, ".png", "VoxCeleb2", options)
 
-# %% ../nbs/03_data.ipynb #aa2bb0a1
+# %% ../nbs/03_data.ipynb #a43174c6
 class Video:
     "Frames of a video file, decoded when they are asked for."
 
@@ -1121,7 +1121,7 @@ class Video:
 
     def __len__(self): return len(self.times)
 
-# %% ../nbs/03_data.ipynb #120981f1
+# %% ../nbs/03_data.ipynb #f3cc7bcc
 @patch
 def __getitem__(
     self: Video,
@@ -1140,7 +1140,7 @@ def __getitem__(
     self.frames = None
     raise BadFile(f"{self.path}:{i}", "a frame", "none that can be decoded")
 
-# %% ../nbs/03_data.ipynb #e16faba7
+# %% ../nbs/03_data.ipynb #495b97bd
 @patch
 def _key(self: Video, i):
     "Time of the last key frame up to frame i."
@@ -1152,7 +1152,7 @@ def _seek(self: Video, i):
     self.file.seek(self._key(i), stream=self.stream)
     self.frames, self.next = self.file.decode(self.stream), i
 
-# %% ../nbs/03_data.ipynb #d3b64338
+# %% ../nbs/03_data.ipynb #01e30043
 @lru_cache(maxsize=4)
 def _open_video(path, process): return Video(path)
 
@@ -1172,7 +1172,7 @@ def video_file(
     records = pd.DataFrame(dict(path=os.fspath(path), video=Path(path).stem, frame=list(frames)), list(frames))
     return FaceDataset(records, **{"name": Path(path).name, **options})
 
-# %% ../nbs/03_data.ipynb #f025dd86
+# %% ../nbs/03_data.ipynb #b4919b3e
 def face_mask(
     landmarks: Tensor,  # (B,N,2) in [-1,1]; 68 points where a forehead is asked for
     size: int = 224,  # of the mask, pixels
@@ -1189,7 +1189,7 @@ def face_mask(
         cv2.fillConvexPoly(page, cv2.convexHull((p.clip(-size, 2 * size) * 16).round().astype(np.int32)), 1.0, shift=4)
     return torch.from_numpy(out)[:, None].to(landmarks.device)
 
-# %% ../nbs/03_data.ipynb #b982c254
+# %% ../nbs/03_data.ipynb #a6260ea2
 _PARSED = np.isin(np.arange(19), [1, 2, 3, 4, 5, 6, 10, 11, 12, 13])  # skin, brows, eyes, glasses, nose, mouth, lips
 
 
@@ -1199,7 +1199,7 @@ def parsed_mask(
     "Where a label map shows the face."
     return _PARSED[labels]
 
-# %% ../nbs/03_data.ipynb #ca6844c3
+# %% ../nbs/03_data.ipynb #4b6d7d80
 @dataclass(frozen=True)
 class Recipe:
     "What may happen to a picture; a range of None: that thing does not."
@@ -1222,7 +1222,7 @@ RECIPES = {
     "emotion": Recipe((0.8, 1.2), 10, 0.1, **_ONE_OF),
 }
 
-# %% ../nbs/03_data.ipynb #20ccab67
+# %% ../nbs/03_data.ipynb #aee7e278
 @dataclass(frozen=True)
 class Draws:
     "What happens to each picture of a batch."
@@ -1231,7 +1231,7 @@ class Draws:
     kind: Tensor  # (B,) int: position in jpeg, noise, blur, sharpen; 4: nothing
     amount: Tensor  # (B,) quality, standard deviation or alpha
 
-# %% ../nbs/03_data.ipynb #4ed15871
+# %% ../nbs/03_data.ipynb #fe9e6b07
 def draw(
     recipe: Recipe,  # what may happen
     n: int,  # pictures
@@ -1250,7 +1250,7 @@ def draw(
     matrix = torch.stack([c, -s, move[0], s, c, move[1]], 1).reshape(n, 2, 3)
     return Draws(u[6] < recipe.flip, matrix.float(), kind, (low + u[5] * (high - low)).float())
 
-# %% ../nbs/03_data.ipynb #1cf1412b
+# %% ../nbs/03_data.ipynb #d631a67d
 _SWAPS = [(i, 16 - i) for i in range(8)] + [(17 + i, 26 - i) for i in range(5)] + [(31, 35), (32, 34)]
 _SWAPS += [(36, 45), (37, 44), (38, 43), (39, 42), (40, 47), (41, 46)]
 _SWAPS += [(48, 54), (49, 53), (50, 52), (55, 59), (56, 58), (60, 64), (61, 63), (65, 67)]
@@ -1266,14 +1266,14 @@ def mirror(
     if landmarks is None: return image.flip(-1)
     return image.flip(-1), landmarks[..., MIRROR_68, :] * landmarks.new_tensor([-1, 1])
 
-# %% ../nbs/03_data.ipynb #4a82467d
+# %% ../nbs/03_data.ipynb #0bd44eed
 def _moved(image, matrix):
     "Pictures after an affine motion in [-1,1], black where nothing was."
     full = torch.cat([matrix, matrix.new_tensor([[[0, 0, 1]]]).expand(len(matrix), 1, 3)], 1)
     grid = F.affine_grid(full.inverse()[:, :2], image.shape, align_corners=False)
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-# %% ../nbs/03_data.ipynb #3ff1dd51
+# %% ../nbs/03_data.ipynb #1381f52f
 def move(
     batch: Batch,  # float pictures
     draws: Draws,  # what happens to each
@@ -1291,7 +1291,7 @@ def move(
         mask[absent] = math.nan
     return replace(batch, image=image, landmarks=points, mask=mask)
 
-# %% ../nbs/03_data.ipynb #879494bf
+# %% ../nbs/03_data.ipynb #225edb43
 def _jpeg(x, quality, generator):
     from kornia.enhance import jpeg_codec_differentiable
     height, width = x.shape[-2:]
@@ -1318,7 +1318,7 @@ def _sharpen(x, alpha, generator):
 
 _CHANGES = (_jpeg, _noise, _blur, _sharpen)
 
-# %% ../nbs/03_data.ipynb #b80f93db
+# %% ../nbs/03_data.ipynb #2a749506
 class Augment(nn.Module):
     "The recipe's chance on a batch; landmarks and mask move along."
 
@@ -1348,7 +1348,7 @@ class Augment(nn.Module):
             if (rows := kind == k).any(): image[rows] = change(image[rows], draws.amount.to(image.device)[rows], generator)
         return replace(batch, image=image.clamp(0, 1))
 
-# %% ../nbs/03_data.ipynb #ee514cff
+# %% ../nbs/03_data.ipynb #a5343ebd
 _MODES = {"CMYK": "CMYK colours", "L": "a grey picture", "1": "a black and white picture", "LA": "a grey picture with transparency"}
 _MODES |= dict.fromkeys(("RGBA", "PA"), "transparency") | dict.fromkeys(("I", "I;16", "I;16B", "F"), "more than 8 bits")
 _FORMATS = {"JPEG": ".jpg .jpeg", "MPO": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif .tiff"}
@@ -1367,7 +1367,7 @@ def picture_notes(
         except Exception: turned = False
     return notes + ["turned by its EXIF tag"] * turned
 
-# %% ../nbs/03_data.ipynb #a8f2c836
+# %% ../nbs/03_data.ipynb #ffa4ffd8
 @patch
 def _inspect(self: FaceDataset, i):
     "Problems of one face: (kind, reason)."
@@ -1384,7 +1384,7 @@ class _Inspected(Dataset):
     def __len__(self): return len(self.faces)
     def __getitem__(self, i): return [(i, kind, reason) for kind, reason in self.faces._inspect(i)]
 
-# %% ../nbs/03_data.ipynb #355aafed
+# %% ../nbs/03_data.ipynb #2e4c8574
 def check_data(
     data,  # a FaceDataset, a list of them, or the folder of a publisher's data set
     layout: str | None = None,  # one of `LAYOUTS` for a folder; None: guessed
@@ -1400,7 +1400,7 @@ def check_data(
         out.append(pd.concat([faces.problems, pd.DataFrame(found, columns=PROBLEM)], ignore_index=True).assign(set=faces.name))
     return pd.concat(out, ignore_index=True)[["set", *PROBLEM]]
 
-# %% ../nbs/03_data.ipynb #927dffd2
+# %% ../nbs/03_data.ipynb #310ead9c
 def _glob(root, *patterns): return any(next(root.glob(p), None) is not None for p in patterns)
 
 
@@ -1418,7 +1418,7 @@ def _aff_wild_splits(root, **options):
             out.append(aff_wild2(root, task, split, **options))
     return out
 
-# %% ../nbs/03_data.ipynb #28f04b26
+# %% ../nbs/03_data.ipynb #56d8eda0
 def _affectnet8_splits(root, **options): return [affectnet8(root, s, **options) for s in ("train", "val") if (root / f"{s}_set").is_dir()]
 def _holds_pictures(root): return any(p.suffix.lower() in SUFFIXES for p in root.rglob("*"))
 
@@ -1435,7 +1435,7 @@ LAYOUTS = {  # name: is this folder one, and how to read all of it
     "image_folder": (_holds_pictures, lambda r, **o: [image_folder(r, **o)]),
 }
 
-# %% ../nbs/03_data.ipynb #78096456
+# %% ../nbs/03_data.ipynb #ddbd2c7c
 def open_layout(
     root,  # the folder of a data set, or a video
     layout: str | None = None,  # one of `LAYOUTS`; None: guessed
@@ -1450,7 +1450,7 @@ def open_layout(
     if not (sets := LAYOUTS[layout][1](root, **options)): raise EmocaError(f"{root}: nothing of the layout {layout} lies here")
     return sets
 
-# %% ../nbs/03_data.ipynb #701cad4b
+# %% ../nbs/03_data.ipynb #692ff98f
 def _check_text(table, shown):
     "What the command prints."
     lines = []
@@ -1464,7 +1464,7 @@ def _check_text(table, shown):
             if kind == "skipped" and len(rows) > shown: lines.append(f"         and {len(rows) - shown} more")
     return "\n".join(lines)
 
-# %% ../nbs/03_data.ipynb #8e079030
+# %% ../nbs/03_data.ipynb #cccf1f7a
 @click.command("check-data")
 @click.argument("folder", type=click.Path(exists=True))
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), help="How it is laid out; guessed if not given.")
@@ -1485,7 +1485,7 @@ def check_data_command(folder, layout, report, shown, workers):
     click.echo("; ".join(f"{s.name}: {len(s) - n} faces can be used" for s, n in zip(sets, unread)))
     if bad: raise SystemExit(1)
 
-# %% ../nbs/03_data.ipynb #c3d455e6
+# %% ../nbs/03_data.ipynb #305dab3a
 class KeptFaces(FaceDataset):
     "Faces whose crops are kept on disk; made by `FaceDataset.cached`."
 
@@ -1499,7 +1499,7 @@ class KeptFaces(FaceDataset):
         image, points, mask = (torch.from_numpy(np.array(slot[name])) for name in ("image", "landmarks", "mask"))
         return image, None if points[0, 0].isnan() else points, mask if slot["known"] == 2 else None
 
-# %% ../nbs/03_data.ipynb #50ef66fd
+# %% ../nbs/03_data.ipynb #1f590e9f
 def _digest(faces):
     "A name for exactly these crops."
     stamps = {p: (s.st_size, s.st_mtime_ns) if (s := _stat(p)) else None for p in dict.fromkeys(faces.paths.tolist())}
@@ -1517,7 +1517,7 @@ def _stat(path):
 
 _STORE = 1  # version of the file
 
-# %% ../nbs/03_data.ipynb #cb2e63a0
+# %% ../nbs/03_data.ipynb #775eb15d
 @patch
 def cached(
     self: FaceDataset,
@@ -1537,7 +1537,7 @@ def cached(
     out.slot = np.arange(len(self))
     return out
 
-# %% ../nbs/03_data.ipynb #d61c847f
+# %% ../nbs/03_data.ipynb #8ba164c4
 def _open_store(path, dtype, n):
     "The store in a file, for reading and writing."
     want = "crops that were kept (delete the file to have them cut again)"
