@@ -9,7 +9,7 @@ __all__ = ['log', 'LABELS', 'RECORD', 'PROBLEM', 'VIDEO_SUFFIXES', 'TURN', 'CLAS
            'folds', 'aff_wild2', 'raf_db', 'EpochSampler', 'balanced_weights', 'BalancedSampler', 'GroupSampler',
            'FaceLoader', 'loader', 'vggface2', 'voxceleb2', 'Video', 'video_file', 'face_mask', 'parsed_mask', 'Recipe',
            'Draws', 'draw', 'mirror', 'move', 'Augment', 'picture_notes', 'check_data', 'open_layout',
-           'check_data_command', 'KeptFaces']
+           'check_data_command', 'KeptFaces', 'digest']
 
 # %% ../nbs/03_data.ipynb #2721d93b
 import copy, hashlib, json, logging, math, os, re
@@ -1217,7 +1217,6 @@ _ONE_OF = dict(jpeg=(50.0, 90.0), noise=(0.0, 10.0), blur=(0.0, 1.5), sharpen=(0
 RECIPES = {
     "none": Recipe(),
     "flip": Recipe(flip=0.5),
-    "look": Recipe(**_ONE_OF),  # nothing moves: for pictures whose codes are known
     "emoca": Recipe((0.9, 1.1), 10, 0.05, **_ONE_OF),
     "emotion": Recipe((0.8, 1.2), 10, 0.1, **_ONE_OF),
 }
@@ -1500,8 +1499,10 @@ class KeptFaces(FaceDataset):
         return image, None if points[0, 0].isnan() else points, mask if slot["known"] == 2 else None
 
 # %% ../nbs/03_data.ipynb #1f590e9f
-def _digest(faces):
-    "A name for exactly these crops."
+def digest(
+    faces: FaceDataset,  # any
+) -> str:  # 20 hexadecimal digits
+    "A name for exactly these crops: their files as they are now, landmarks and rules."
     stamps = {p: (s.st_size, s.st_mtime_ns) if (s := _stat(p)) else None for p in dict.fromkeys(faces.paths.tolist())}
     names = [[stamps[p], p, str(l), str(m)] for p, l, m in zip(faces.paths, faces.landmark_files, faces.mask_files)]
     rules = [{k: v for k, v in r.items() if k != "seed"} for r in faces.rules]
@@ -1529,7 +1530,7 @@ def cached(
     masked = any(m is not None for m in self.mask_files)
     crop = self.size, self.size
     dtype = np.dtype([("image", "u1", (3, *crop)), ("landmarks", "f4", (68, 2)), ("mask", "u1", (1, *crop) if masked else (0,)), ("known", "u1")])
-    path = Path(folder) / f"crops-{_digest(self)}.npy"
+    path = Path(folder) / f"crops-{digest(self)}.npy"
     if not path.exists(): _make_store(path, dtype, len(self))
     out = copy.copy(self)
     out.__class__ = KeptFaces

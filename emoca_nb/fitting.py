@@ -12,6 +12,7 @@ from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import EmocaError
+from .data import MIRROR_68
 from .encoders import Codes
 from .flame import FLAME, contour_rows, rigid_transforms, rodrigues
 from .losses import PAIRS, emotion_loss, photometric_loss
@@ -19,7 +20,7 @@ from .open_head import EMOTIONS, EXPRESSION_UNITS, PROTOTYPES, emotion_codes
 from .renderer import HeadRenderer, project, sample_uv, sh_basis
 
 # %% auto #0
-__all__ = ['FRONT', 'MIRROR', 'HIDDEN', 'WHITE', 'LandmarkHead', 'markup_offsets', 'Prior', 'unit_moments', 'head_prior',
+__all__ = ['FRONT', 'HIDDEN', 'WHITE', 'LandmarkHead', 'rotvec', 'markup_offsets', 'Prior', 'unit_moments', 'head_prior',
            'LandmarkTerms', 'boxed_step', 'fit_landmarks', 'landmark_error', 'Surface', 'surface_of', 'ridge',
            'fit_skin', 'Fit', 'Fitter', 'PixelTerms']
 
@@ -127,8 +128,10 @@ def look(
     return place * scale[:, None], torch.cat([place[..., None], torch.cat([by_shift, move], -1) * scale[..., None, None]], -1)
 
 # %% ../nbs/04c_fitting.ipynb #9772093d
-def _rotvec(R):
-    "Axis-angle of rotations (B,3,3) by less than a half turn."
+def rotvec(
+    R: Tensor,  # (B,3,3) rotations by less than a half turn
+) -> Tensor:  # (B,3) axis-angle, radians
+    "The axis-angle of rotations."
     sine = torch.stack([R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], -1) / 2
     angle = torch.atan2(sine.norm(dim=-1), (R.diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2)
     return F.normalize(sine, dim=-1) * angle[:, None]
@@ -149,15 +152,13 @@ def begin(
     U, size, V = torch.linalg.svd(A, full_matrices=False)
     R = U @ V
     R = torch.cat([R, torch.linalg.cross(R[:, :1], R[:, 1:])], 1)
-    x = torch.cat([size.mean(1, keepdim=True).clamp(min=1), target.new_zeros(len(target), 2), _rotvec(R), target.new_zeros(len(target), 3 + len(self.basis))], 1)
+    x = torch.cat([size.mean(1, keepdim=True).clamp(min=1), target.new_zeros(len(target), 2), rotvec(R), target.new_zeros(len(target), 3 + len(self.basis))], 1)
     x[:, 1:3] = ((p0 - mean(self.look(x)[:, 17:] * x.new_tensor([1, -1]))) / x[:, None, :1])[:, 0]
     return x
 
 # %% ../nbs/04c_fitting.ipynb #c2f8d12e
 _MARKUP = """0 .8 -1.1, 1 1.6 -.5, 2 1.3 .2, 3 .8 .7, 4 .2 .6, 5 -.2 .1, 6 .3 .4, 7 .3 .7, 8 0 1.4, 17 -.8 -2.4, 18 -1.1 -.7, 19 -.3 -.6, 20 .1 -.7, 21 .7 -.9, 27 0 .7, 28 0 .7, 29 0 1, 30 0 1, 31 -.4 -.2, 32 .2 .4, 33 0 .1, 36 -.4 .5, 37 .5 .8, 38 .3 .8,
     39 -.3 .6, 40 1 1, 41 .5 .7, 48 -1.3 .2, 49 -.4 -.4, 50 -.3 -.9, 51 0 -1.4, 57 0 .4, 58 .3 .5, 59 -.9 .3, 60 -2 -.9, 61 -.4 .9, 62 0 .3, 66 0 -1.1, 67 -.5 -.8"""
-MIRROR = tuple(map(int, """16 15 14 13 12 11 10 9 8 7 6 5 4 3 2 1 0 26 25 24 23 22 21 20 19 18 17 27 28 29 30 35 34 33 32 31 45 44 43 42 47 46 39 38 37 36 41 40
-    54 53 52 51 50 49 48 59 58 57 56 55 64 63 62 61 60 67 66 65""".split()))  # number of each landmark's counterpart
 
 
 def markup_offsets(
@@ -168,8 +169,8 @@ def markup_offsets(
     if not head.name.startswith("open_head"): return out
     for row in _MARKUP.split(","):
         i, right, up = row.split()
-        out[int(i)] = out[MIRROR[int(i)]] = torch.tensor([float(right), float(up), 0]) / 1000
-        out[MIRROR[int(i)], 0] *= -1
+        out[int(i)] = out[MIRROR_68[int(i)]] = torch.tensor([float(right), float(up), 0]) / 1000
+        out[MIRROR_68[int(i)], 0] *= -1
     return out
 
 # %% ../nbs/04c_fitting.ipynb #5641d946

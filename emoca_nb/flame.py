@@ -756,13 +756,21 @@ def forward(self:FLAME,
 
 # %% ../nbs/01_flame.ipynb #66639bf1
 @patch
+def rest_joints(self:FLAME,
+    code:torch.Tensor, # (B, n_shape + n_exp) identity and expression
+)->torch.Tensor: # (B, J, 3) metres
+    "Where the joints are before anything turns"
+    return torch.addmm(self.joint_template, code, self.joint_basis).unflatten(1, (-1, 3))
+
+
+@patch
 def _pose(self:FLAME, x):
     "Posed vertices (B, V, 3) and the joints' transforms"
     dtype = torch.promote_types(self.template.dtype, torch.float32)
     rotvec = torch.cat([x["pose"][:, :3], x["neck_pose"], x["pose"][:, 3:], x["eye_pose"]], 1).to(dtype)
     R = rodrigues(rotvec.unflatten(1, (-1, 3)))
     code = torch.cat([x["shape"], x["exp"]], 1)
-    joints = torch.addmm(self.joint_template, code, self.joint_basis).unflatten(1, (-1, 3)).to(dtype)
+    joints = self.rest_joints(code).to(dtype)
     transforms = rigid_transforms(R, joints, self.parents)
     bend = (R[:, 1:] - torch.eye(3, dtype=dtype, device=R.device)).flatten(1).to(code)
     points = torch.addmm(self.template, torch.cat([code, bend], 1), self.basis).unflatten(1, (3, -1))

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor, nn
 from .core import BadFile, EmocaError, atomic_write, contact_sheet, pick_device, progress
-from .data import LABELS, Batch, FaceDataset, Sample, _digest, aff_wild2, collate, loader
+from .data import LABELS, Batch, FaceDataset, Sample, aff_wild2, collate, digest, loader
 from .emotion_net import EmotionNet
 from .encoders import Encoders
 from .faces import detect, read_image
@@ -106,7 +106,7 @@ def faces_mark(
 ) -> str:
     "A short name for exactly these faces with these labels."
     labels = faces.labels[list(LABELS[1:])].to_csv(float_format="%.5g")
-    return fingerprint([_digest(faces), labels])
+    return fingerprint([digest(faces), labels])
 
 # %% ../nbs/09_retrieval.ipynb #2c1f77e1
 def _batches(faces, space, start, batch, workers):

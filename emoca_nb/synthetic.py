@@ -254,12 +254,11 @@ def draw_shard(
 ) -> int:  # pictures drawn
     "Draw a shard and write it."
     kind, truths, vertices, masks = LAYOUTS[layout], [], [], []
-    for index in range(first, last):
-        if (at := (index - first) % BLOCK) == 0:
-            scenes = [scene_of(layout, seed, i) for i in range(index, index + BLOCK)]  # at the end of a set some are not drawn: no head depends on how many follow
-            posed = pose_together(scenes)
-        scene, path = scenes[at], kind.path(seed, index)
-        photo = draw(replace(scene, effects=PLAIN) if plain else scene, size, posed[at])
+    whole = range(first, last + -(last - first) % BLOCK)  # blocks are whole, also at the end of a set: so no head depends on how many follow
+    scenes = [scene_of(layout, seed, index) for index in whole]
+    heads = [head for start in range(0, len(whole), BLOCK) for head in pose_together(scenes[start:start + BLOCK])]
+    for index, scene, head in zip(range(first, last), scenes, heads):
+        path, photo = kind.path(seed, index), draw(replace(scene, effects=PLAIN) if plain else scene, size, head)
         _put(root / path, lambda p: p.write_bytes(encode(photo.image, 95 if plain else scene.lens.quality, Path(path).suffix)))
         for name, array in kind.beside(path, photo).items(): _put(root / name, lambda p: np.save(p, array))
         truths.append(truth_of(scene, photo) | dict(path=path)), vertices.append(photo.vertices.astype(np.float16)), masks.append(photo.labels)

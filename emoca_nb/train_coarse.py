@@ -19,12 +19,12 @@ from torch.nn.utils import parametrize
 
 from .core import ASSETS, AssetMissing, BadFile, EmocaError, asset, atomic_write, load_checkpoint, load_npz, pick_device, progress, seed_everything, settings
 from .data import Augment, BalancedSampler, Batch, EpochSampler, FaceDataset, GroupSampler
-from .data import _digest, affectnet, balanced_weights, face_mask, facial_expressions, image_folder, loader, vggface2
+from .data import affectnet, balanced_weights, digest, face_mask, facial_expressions, image_folder, loader, vggface2
 from .emotion_net import Emotion, EmotionNet, emotion_metrics, load_emotion_net
 from .emotion_net import emotion_net as build_emotion_net
 from .encoders import LAYOUT, Codes, Encoders, load_encoders, neutral_codes
-from .fitting import Fitter, landmark_error
-from .flame import FLAME
+from .fitting import Fitter, landmark_error, rotvec
+from .flame import FLAME, rodrigues
 from .losses import STAGES as LOSSES
 from .losses import Compared, LossWeights, compare, shuffle_within, total, vggface2_input
 from .renderer import HeadRenderer, Rendering, project
@@ -33,7 +33,7 @@ from .training import Result, RunConfig, fingerprint, fit, pl
 
 # %% auto #0
 __all__ = ['STAGES', 'SPLITS', 'WORLDS', 'UNITS', 'Stage', 'CoarseConfig', 'stage_of', 'world', 'datasets', 'batches', 'Drawn',
-           'Decoder', 'compose', 'units', 'scale_rows', 'unscale_rows', 'crop_between', 'move_camera', 'Truth',
+           'Decoder', 'compose', 'units', 'scale_rows', 'unscale_rows', 'motion_between', 'move_codes', 'Truth',
            'of_world', 'of_fit', 'truth_for', 'truth_loss', 'expression_rows', 'copy_expression', 'encoders_for',
            'CoarseTask', 'Frozen', 'remember', 'make_task', 'use_own_units', 'CoarseResult', 'run_folder',
            'train_coarse', 'expression_error', 'Seen', 'see', 'emotion_from_codes', 'agreement', 'measure',
@@ -82,10 +82,10 @@ STAGES |= {"emoca": _EMOCA, "emoca_paper": replace(_EMOCA, losses=LOSSES["emoca_
 STAGES |= {name: replace(_EMOCA, losses=LOSSES[name]) for name in LOSSES if name.startswith("emoca_v2")}
 
 # %% ../nbs/05_train_coarse.ipynb #db0d1129
-_KNOWN = LossWeights(landmarks=1, eye=0.5, mouth=0.5, shape=1e-4, exp=1e-4, code_form="norm")
+_KNOWN = LossWeights(landmarks=1, eye=0.1, mouth=0.2, shape=1e-4, exp=1e-4, code_form="norm", relative_form="offset")
 STAGES["synthetic"] = Stage("coarse", _KNOWN, ("synthetic",), lr=1e-3, batch=32, max_epochs=8, scale=(1.2, 1.6), truth=1.0)
-STAGES["fitted"] = replace(STAGES["synthetic"], losses=replace(_KNOWN, landmarks=10, eye=5, mouth=5), data=("synthetic", "photographs"), max_steps=4000, max_epochs=None, augment="look", decay=True)
-STAGES["photographs"] = replace(_DECA, losses=replace(LOSSES["deca_coarse"], identity=0), data=("photographs",), lr=3e-4, batch=32, each=1, max_steps=None, max_epochs=8, order="shuffled", scale=(1.2, 1.6), exchange=False)
+STAGES["fitted"] = replace(STAGES["synthetic"], losses=replace(_KNOWN, landmarks=10, eye=1, mouth=2), data=("synthetic", "photographs"), max_steps=4000, max_epochs=None, augment="emoca", decay=True)
+STAGES["photographs"] = replace(_DECA, losses=replace(LOSSES["deca_coarse"], eye=0.25, mouth=0.2, identity=0, relative_form="offset"), data=("photographs",), lr=3e-4, batch=32, each=1, max_steps=None, max_epochs=8, order="shuffled", scale=(1.2, 1.6), exchange=False)
 
 # %% ../nbs/05_train_coarse.ipynb #5f7bd80d
 @dataclass(frozen=True)
@@ -294,25 +294,40 @@ def unscale_rows(
     for name in ("weight", "bias") if parametrize.is_parametrized(layer) else (): parametrize.remove_parametrizations(layer, name)
 
 # %% ../nbs/05_train_coarse.ipynb #4a925e85
-def crop_between(
+def _complex(xy): return torch.complex(*xy.unbind(-1))
+
+
+def motion_between(
     before: Tensor,  # (B,N,2) points in [-1,1] of a picture
-    after: Tensor,  # (B,N,2) the same points in [-1,1] of its crop
-) -> tuple[Tensor, Tensor]:  # (B,1,1) a, and (B,1,2) b
-    "The crop that takes points there: a x + b."
-    middle = lambda x: x.mean(1, keepdim=True)
-    size = lambda x: (x - middle(x)).square().sum((1, 2), keepdim=True).sqrt()
-    a = size(after) / size(before)
-    return a, middle(after) - a * middle(before)
+    after: Tensor,  # (B,N,2) the same points after it was cropped, turned, moved
+) -> tuple[Tensor, Tensor]:  # (B,) g and (B,) b, complex
+    "The motion that takes points there: g p + b."
+    p, q = _complex(before), _complex(after)
+    middle = p.mean(1), q.mean(1)
+    p, q = p - middle[0][:, None], q - middle[1][:, None]
+    g = (p.conj() * q).sum(1) / p.abs().square().sum(1)
+    return g, middle[1] - g * middle[0]
 
 # %% ../nbs/05_train_coarse.ipynb #bb2b9734
-def move_camera(
-    cam: Tensor,  # (B,3) of the picture
-    a: Tensor,  # (B,1,1) from `crop_between`
-    b: Tensor,  # (B,1,2) from `crop_between`
-) -> Tensor:  # (B,3) of the crop
-    "The camera of a crop."
-    scale = cam[:, :1] * a[:, 0]
-    return torch.cat([scale, cam[:, 1:] + b[:, 0] * b.new_tensor([1, -1]) / scale], 1)
+_TURNING = (1, 2, 1), (5, 6, 1), (7, 4, 2)  # two harmonics, and how many times the angle they turn by
+
+
+def move_codes(
+    codes: Codes,  # (B) of pictures
+    g: Tensor,  # (B,) from `motion_between`
+    b: Tensor,  # (B,) from `motion_between`
+    root: Tensor,  # (B,3) the root joint at rest, metres
+) -> Codes:  # (B)
+    "The codes of pictures that have moved."
+    turn, scale, joint = torch.sgn(g.conj()), codes.cam[:, 0] * g.abs(), _complex(root[:, :2])
+    shift = torch.view_as_real(turn * (joint + _complex(codes.cam[:, 1:])) - joint + b.conj() / scale)
+    axis = F.pad(turn.angle()[:, None], (2, 0))
+    light = codes.light.clone()
+    for a, c, times in _TURNING:
+        both = torch.complex(light[:, a], light[:, c]) * turn[:, None] ** times
+        light[:, a], light[:, c] = both.real, both.imag
+    pose = torch.cat([rotvec(rodrigues(axis) @ rodrigues(codes.rotation)), codes.jaw], 1)
+    return codes.replace(cam=torch.cat([scale[:, None], shift], 1), pose=pose, light=light)
 
 # %% ../nbs/05_train_coarse.ipynb #cb7e66e3
 _KNOWN_CODES = "shape", "tex", "exp", "pose", "cam", "light", "eyelid", "eye_pose"
@@ -323,11 +338,13 @@ class Truth:
 
     def __init__(
         self,
+        flame: FLAME,  # the head layer
         *tables: Mapping[str, np.ndarray],  # path, landmarks (N,68,2) and mediapipe (N,105,2) in [-1,1], and codes; see `of_world` and `of_fit`
     ):
         joined = {k: np.concatenate([t[k] for t in tables]) for k in ("path", "landmarks", "mediapipe", *_KNOWN_CODES)}
         self.rows = {self.key(p): i for i, p in enumerate(joined.pop("path"))}
         self.arrays = {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in joined.items()}
+        self.arrays["root"] = flame.rest_joints(torch.cat([self.arrays["shape"], self.arrays["exp"]], 1).to(flame.template)).cpu()[:, 0]
 
     @staticmethod
     def key(
@@ -341,12 +358,12 @@ class Truth:
         batch: Batch,  # of pictures of the set
     ) -> tuple[Codes, Tensor]:  # codes with eyelids and eyes, and (B,105,2) MediaPipe landmarks
         "What is known of a batch."
-        if missing := [p for p in batch.path if self.key(p) not in self.rows]: raise EmocaError(f"{missing[0]} is no picture whose codes are known")
+        if missing := [p for p in batch.path if self.key(p) not in self.rows]: raise EmocaError(f"{missing[0]} is no picture whose codes are known: neither of the synthetic world nor among those that were fitted")
         rows = torch.tensor([self.rows[self.key(p)] for p in batch.path])
         here = {k: v[rows].to(batch.image.device) for k, v in self.arrays.items()}
-        a, b = crop_between(here.pop("landmarks"), batch.landmarks)
-        points = a * here.pop("mediapipe") + b
-        return Codes(**here | dict(cam=move_camera(here["cam"], a, b))), points
+        g, b = motion_between(here.pop("landmarks"), batch.landmarks)
+        points, root = torch.view_as_real(g[:, None] * _complex(here.pop("mediapipe")) + b[:, None]), here.pop("root")
+        return move_codes(Codes(**here), g, b, root), points
 
 # %% ../nbs/05_train_coarse.ipynb #56b65b50
 def of_world(
@@ -362,14 +379,16 @@ def of_fit(
     flame: FLAME,  # the head layer
 ) -> dict[str, np.ndarray]:  # a table of `Truth`
     "What the fit to the landmarks says of photographs; kept in the data folder."
-    path = settings().data / f"cache/fits-{fingerprint(_digest(faces), flame)}.npz"
+    fitter, rows = Fitter(flame).eval(), []
+    path = settings().data / f"cache/fits-{fingerprint(digest(faces), asdict(fitter.terms), flame)}.npz"
     if not path.is_file():
-        fitter, rows = Fitter(flame).eval(), []
         for batch in progress(loader(faces, 32), f"{faces.name}: fits"):
+            if batch.landmarks.isnan().any(): raise EmocaError(f"{faces.name}: a fit needs landmarks, and {batch.path[0]} or a picture beside it has none; name a detector (detector: dlib)")
             codes = fitter(batch.image, batch.landmarks).codes
             points = project(flame(**codes.head()).landmarks_mp, codes.cam)[..., :2]
             here = dict(eyelid=points.new_zeros(len(points), 2), eye_pose=points.new_zeros(len(points), 6)) | dict(codes.items())
             rows.append({k: v.numpy() for k, v in here.items()} | dict(landmarks=batch.landmarks.numpy(), mediapipe=points.numpy(), path=np.array(batch.path)))
+        if not rows: raise EmocaError(f"{faces.name}: no picture with a face to fit; look at the folder, or name another detector")
         with atomic_write(path) as temporary: np.savez(temporary, **{k: np.concatenate([r[k] for r in rows]) for k in rows[0]})
     return load_npz(path)
 
@@ -382,7 +401,7 @@ def truth_for(
     names = [name.strip() for name in c.data.split("+")]
     if not stage_of(c).truth and not all(name in WORLDS for name in names): return None
     fits = lambda name: [of_fit(part, flame) for part in _read(name, c, {})[:2]]
-    return Truth(*(table for name in names for table in ([of_world(world(c, name))] if name in WORLDS else fits(name))))
+    return Truth(flame, *(table for name in names for table in ([of_world(world(c, name))] if name in WORLDS else fits(name))))
 
 # %% ../nbs/05_train_coarse.ipynb #5f993666
 def truth_loss(

@@ -417,8 +417,10 @@ def fingerprint(
     "A short name for exactly these values."
     h = hashlib.sha256()
     for part in parts:
+        tensors = {}
         if isinstance(part, nn.Module): tensors = dict(part.named_parameters()) | dict(part.named_buffers())
-        else: tensors = dict(array=torch.as_tensor(part)) if hasattr(part, "dtype") else h.update(json.dumps(part).encode()) or {}
+        elif hasattr(part, "dtype"): tensors = dict(array=torch.as_tensor(part))
+        else: h.update(json.dumps(part).encode())
         for name, t in tensors.items():
             h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]

@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from PIL import Image
 
 from emoca_nb.core import AssetMissing, BadFile, EmocaError
-from emoca_nb.data import Batch, collate, loader
+from emoca_nb.data import Augment, Batch, Recipe, collate, image_folder, loader
 from emoca_nb.emotion_net import emotion_net, save_emotion_net
 from emoca_nb.encoders import Codes, Encoders, load_encoders, neutral_codes
 from emoca_nb.fitting import landmark_error
-from emoca_nb.losses import LossWeights
-from emoca_nb.train_coarse import (STAGES, CoarseConfig, CoarseTask, Decoder, Frozen, Truth, batches, compose, datasets, encoders_for, make_task, of_world,
+from emoca_nb.flame import rodrigues
+from emoca_nb.losses import PAIRS, LossWeights, relative_loss
+from emoca_nb.renderer import shade_sh
+from emoca_nb.train_coarse import (STAGES, CoarseConfig, CoarseTask, Decoder, Frozen, Truth, batches, compose, datasets, encoders_for, make_task, of_fit, of_world,
                                    read_config, remember, stage_of, train_coarse, unscale_rows, use_own_units, world)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,15 +286,36 @@ def test_stages_and_parameters_are_named(config, tmp_path):
 
 
 def test_pictures_of_other_worlds_have_no_truth(config, batch):
-    truth = Truth(of_world(world(config)))
+    truth = Truth(Decoder(size=32).flame, of_world(world(config)))
     with pytest.raises(EmocaError, match="no picture whose codes are known"): truth(replace(batch, path=["x/y.jpg"] * 4))
+
+
+def test_what_is_known_moves_with_the_picture(config, batch):
+    decoder = Decoder(size=32)
+    truth = Truth(decoder.flame, of_world(world(config)))
+    still, moved = batch, Augment(Recipe((.7, 1.3), rotate=60, shift=.2), 1)(batch, 0)
+    assert (moved.landmarks - still.landmarks).norm(dim=-1).min(1).values.max() > .1
+    a, b = (truth(here)[0] for here in (still, moved))
+    for codes, here in (a, still), (b, moved): assert (decoder(codes, False).landmarks_mp - truth(here)[1]).norm(dim=-1).max() < .03
+    for name in ("shape", "exp", "jaw", "tex", "eyelid"): torch.testing.assert_close(getattr(a, name), getattr(b, name))
+    normals = F.normalize(torch.randn(len(batch), 3, 4, 4), dim=1)
+    turn = rodrigues(b.rotation) @ rodrigues(a.rotation).mT
+    torch.testing.assert_close(shade_sh(normals, a.light), shade_sh(torch.einsum("bij,bjhw->bihw", turn, normals), b.light), atol=1e-4, rtol=1e-4)
+
+
+def test_lips_that_went_through_each_other_are_not_open():
+    known = torch.randn(1, 68, 2)
+    crossed = known.clone()
+    for a, b in PAIRS["mouth"]: crossed[:, [a, b]] = known[:, [b, a]]
+    for name in ("synthetic", "fitted", "photographs"): assert relative_loss(crossed, known, "mouth", STAGES[name].losses.relative_form) > .1
+    assert relative_loss(crossed, known, "mouth", STAGES["emoca"].losses.relative_form) < 1e-6, "as released"
 
 
 def test_photographs_are_told_by_the_fit(config):
     c = replace(config, stage="fitted", coarse=None, data=str(world(config)), steps=2)  # a folder: that it is a synthetic one is not looked at
     task = make_task(c)
     some = next(iter(loader(datasets(c)[0], 4)))
-    told, known = task.truth(some)[0], Truth(of_world(world(config)))(some)[0]
+    told, known = task.truth(some)[0], Truth(Decoder(size=32).flame, of_world(world(config)))(some)[0]
     assert landmark_error(task.decoder(told, False).landmarks, some.landmarks).median() < .05
     assert .01 < (told.exp - known.exp).abs().mean() < .3 and not told.eyelid.any()
     assert train_coarse(c).run.steps == 2
@@ -298,6 +323,13 @@ def test_photographs_are_told_by_the_fit(config):
     for _ in range(2): set_up["optimizer"].step(), set_up["lr_scheduler"]["scheduler"].step()
     assert set_up["optimizer"].param_groups[0]["lr"] < 1e-9
     with pytest.raises(EmocaError, match="steps, not epochs"): make_task(replace(c, steps=None, epochs=1))
+
+
+def test_pictures_without_landmarks_are_not_fitted(config, tmp_path):
+    for name in "ab": Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    flame = Decoder(size=32).flame
+    with pytest.raises(EmocaError, match="name a detector"): of_fit(image_folder(tmp_path, size=32), flame)
+    with pytest.raises(EmocaError, match="no picture with a face"): of_fit(image_folder(tmp_path, size=32, detector="dlib", max_bad=1), flame)
 
 
 def test_every_profile_is_a_configuration():
