@@ -6,9 +6,9 @@
 __all__ = ['ADMITTED', 'MAX_BYTES', 'MAX_DENSE', 'pickle_of', 'npy_dict_of', 'zip_of', 'png_of', 'jpg_of', 'TERMS', 'ASSETS',
            'KEYS', 'PROFILES', 'COMMANDS', 'EmocaError', 'AssetMissing', 'UnsafeFile', 'BadFile', 'Record', 'admit',
            'load_pickle', 'load_npy', 'load_npz', 'load_checkpoint', 'expect_array', 'atomic_write', 'seed_everything',
-           'devices', 'pick_device', 'progress', 'contact_sheet', 'holds', 'npy_of', 'npz_of', 'checkpoint_of',
-           'folder_of', 'Terms', 'Asset', 'Settings', 'settings', 'settings_template', 'asset', 'asset_status', 'cli',
-           'settings_command', 'assets_command']
+           'devices', 'pick_device', 'progress', 'markdown_table', 'contact_sheet', 'holds', 'npy_of', 'npz_of',
+           'checkpoint_of', 'folder_of', 'Terms', 'Asset', 'Settings', 'settings', 'settings_template', 'asset',
+           'asset_status', 'cli', 'settings_command', 'assets_command']
 
 # %% ../nbs/00_core.ipynb #04bc6111
 import configparser, difflib, importlib, io, json, math, operator, os, pickle, pickletools
@@ -527,6 +527,22 @@ def progress(
     "`iterable`, with a progress bar if someone can see it"
     if in_jupyter(): return _CellBar(iterable, desc=desc, total=total, file=io.StringIO(), ncols=80, ascii=False)
     return tqdm(iterable, desc=desc, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+# %% ../nbs/00_core.ipynb #1bb26bf6
+def _number(x, floats):
+    "A number as text; by default with four digits, and all of those before the point"
+    return "" if math.isnan(x) else format(x, floats or (",.0f" if abs(x) >= 1000 else ".4g"))
+
+def markdown_table(
+    frame, # a DataFrame; an index that only counts the rows is left out
+    floats:str|None=None, # how floating-point numbers are written, such as ".2f"; None: with four digits. NaN stays empty
+)->str:
+    "A table in Markdown"
+    names = frame.index.names
+    if names != [None] or frame.index.inferred_type != "integer": frame = frame.rename_axis([n or "" for n in names]).reset_index()
+    cell = lambda x: _number(x, floats) if isinstance(x, float) else str(x)
+    lines = [frame.columns, ["---"] * frame.shape[1], *frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 # %% ../nbs/00_core.ipynb #c2463de3
 def contact_sheet(

@@ -11,8 +11,7 @@ __all__ = ['BASIC', 'SYNONYMS', 'CHOICES', 'QUESTION', 'INSTRUCTIONS', 'HABITS',
            'mean_share', 'variances', 'total_variance', 'interval', 'consistency', 'gap_tests', 'compare',
            'count_labels', 'draw_labels', 'draw_figure', 'classifier_agreement', 'read_predictions', 'rater_agreement',
            'draw_kinds', 'failed', 'power', 'make_choices', 'preference_tests', 'side_number', 'preferences',
-           'simulated_choices', 'markdown', 'save_figure', 'analyse', 'study_command', 'make_command',
-           'analyse_command']
+           'simulated_choices', 'save_figure', 'analyse', 'study_command', 'make_command', 'analyse_command']
 
 # %% ../nbs/08_perceptual_study.ipynb #74bda1a8
 import base64, csv, hashlib, html, io, itertools, json, re, time
@@ -27,7 +26,7 @@ from sklearn.metrics import confusion_matrix
 from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
-from .core import BadFile, EmocaError, atomic_write
+from .core import BadFile, EmocaError, atomic_write, markdown_table
 from .faces import read_image
 from .open_head import EMOTIONS
 
@@ -935,19 +934,6 @@ def simulated_choices(
         rows.append(result_row(task, f"simulated-{i + 1:03d}", dict(zip(shown.position, side))) | dict(Simulated="yes"))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_perceptual_study.ipynb #d61c1918
-def markdown(
-    table: pd.DataFrame,  # with a named index
-    digits: int = 3,  # after the point
-) -> str:
-    "A table as Markdown."
-    def text(x):
-        if not isinstance(x, float): return str(x)
-        return "" if np.isnan(x) else f"{x:.{digits}f}" if x == 0 or abs(x) >= 10.0**-digits else f"{x:.0e}"
-    flat = table.reset_index().map(text)
-    rows = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *flat.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
 # %% ../nbs/08_perceptual_study.ipynb #e03d58ad
 def save_figure(
     figure: plt.Figure,  # to be written
@@ -980,7 +966,7 @@ def analyse(
     if predictions: tables["classifier"] = classifier_agreement(kept, predictions, draws)
     for name, table in tables.items(): write_table(folder / f"{name}.csv", table.reset_index().round(4))
     for name in FIGURES: save_figure(draw_figure(kept, name, about), folder / f"{name}.png")
-    parts = ["# Perceptual study", f"{about}: {len(screened)} participants, {screened.kept.sum()} kept", *(f"## {n.capitalize()}\n\n{markdown(t)}" for n, t in tables.items())]
+    parts = ["# Perceptual study", f"{about}: {len(screened)} participants, {screened.kept.sum()} kept", *(f"## {n.capitalize()}\n\n{markdown_table(t, '.3g')}" for n, t in tables.items())]
     parts += ["## Labels", *(f"![{name}]({name}.png)" for name in FIGURES), "## Left out", _left_out(results, screened)]
     with atomic_write(folder / "results.md") as file: file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return tables["consistency"]
