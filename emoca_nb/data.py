@@ -406,13 +406,16 @@ def _try(self: FaceDataset, i):
     return sample
 
 
+_TOLD = 8  # skipped faces of a data set that are named
+
+
 @patch
 def _count(self: FaceDataset, skipped):
     "Remember a face that cannot be read; an error where there are too many."
     if self.state[skipped.index] == _BAD: return
     self.state[skipped.index] = _BAD
-    log.warning("%s: skipped %s: %s", self.name, skipped.path, skipped.reason)
     bad, seen = int((self.state == _BAD).sum()), int((self.state > 0).sum())
+    if bad <= _TOLD: log.warning("%s: skipped %s: %s%s", self.name, skipped.path, skipped.reason, "; from here on they are only counted" if bad == _TOLD else "")
     if bad > max(1, self.max_bad * max(seen, min(len(self), 200))):
         last = f"{skipped.path}: {skipped.reason}"
         raise EmocaError(f"{self.name}: {bad} of {seen} faces cannot be read, the last one {last}. `emoca-nb check-data` lists them all.")

@@ -190,6 +190,14 @@ def oddities(folder):
             "misnamed.jpg": "a PNG file called .jpg", "turned.jpg": "turned by its EXIF tag"}
 
 
+def test_many_skipped_faces_are_counted_not_listed(tmp_path, caplog):
+    data = FaceDataset([dict(path=tmp_path / f"{i}.png") for i in range(30)], size=32, max_bad=1)
+    caplog.set_level(logging.WARNING, "emoca_nb")
+    assert not list(loader(data, 30))
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 9 and "only counted" in told[7] and "30 of 30 faces skipped" in told[8]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_survives_every_broken_file(tmp_path, workers, caplog):
     bad, good = spoil(tmp_path), ["good.jpg", *oddities(tmp_path), "plain.png"]
