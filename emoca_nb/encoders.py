@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from .core import ASSETS, BadFile, EmocaError, asset, atomic_write, expect_array, load_checkpoint, load_npz
 from .emotion_net import NETWORKS, best_checkpoint, emotion_net, fill
+from .flame import open_head_path
 
 # %% auto #0
-__all__ = ['LAYOUT', 'BACKBONES', 'EXPRESSION_OUTPUTS', 'LEFT_ASIDE', 'Codes', 'frame_camera', 'neutral_codes', 'Encoder',
-           'DetailDecoder', 'with_expression', 'SharedHead', 'Encoders', 'released_tensors', 'read_config',
+__all__ = ['LAYOUT', 'BACKBONES', 'EXPRESSION_OUTPUTS', 'LEFT_ASIDE', 'OPEN_ENCODER', 'Codes', 'frame_camera', 'neutral_codes',
+           'Encoder', 'DetailDecoder', 'with_expression', 'SharedHead', 'Encoders', 'released_tensors', 'read_config',
            'load_released', 'load_encoders']
 
 # %% ../nbs/04b_encoders.ipynb #e347ba0e
@@ -550,10 +551,14 @@ def load_released(
     return _released(load_checkpoint(path), path, read_config(folder))
 
 # %% ../nbs/04b_encoders.ipynb #dd01d433
+OPEN_ENCODER = "open_encoder"  # the name of the package's own E_c
+
+
 def load_encoders(
-    source,  # a file of `Encoders.save`, or anything that `load_released` takes
+    source,  # `OPEN_ENCODER`, a file of `Encoders.save`, or anything that `load_released` takes
 ) -> Encoders:
     "Encoders of a file, ours or published."
+    if source == OPEN_ENCODER: source = open_head_path().with_name(f"{OPEN_ENCODER}.pt")
     if source in ASSETS or not Path(source).is_file(): return load_released(source)
     raw = load_checkpoint(source)
     return _ours(raw, source) if isinstance(raw, Mapping) and raw.get("format") == _FORMAT else load_released(source)

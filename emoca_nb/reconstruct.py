@@ -38,7 +38,7 @@ PUBLISHED = dict(emoca_v2_lr_mse_20="EMOCA v2 (lip reading, MSE)", emoca_v2_lr_c
 
 
 def pick_model(
-    name: str = "auto",  # "auto", "fit", a key of PUBLISHED, or the path of a checkpoint
+    name: str = "auto",  # "auto", "fit", "open_encoder", a key of PUBLISHED, or the path of a checkpoint
 ) -> str:
     "The model that a name stands for on this machine."
     if name != "auto": return name
@@ -561,7 +561,7 @@ def _line(result):
 @click.command("reconstruct")
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("-o", "--out", default="reconstructions", show_default=True, type=click.Path(path_type=Path), help="Folder for the files.")
-@click.option("--model", default="auto", show_default=True, help=f"auto, fit, a checkpoint, or one of {', '.join(PUBLISHED)}.")
+@click.option("--model", default="auto", show_default=True, help=f"auto, fit, open_encoder, a checkpoint, or one of {', '.join(PUBLISHED)}.")
 @click.option("--detector", type=click.Choice(["fan", "dlib", "mediapipe"]), help="Who finds faces; by default the best that is here.")
 @click.option("--emotion", type=click.Choice([*EMOTION_NETS, "none"]), help="Which network judges the emotion; by default the best that is here.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Faces at once.")

@@ -92,7 +92,7 @@ STAGES["photographs"] = replace(_DECA, losses=replace(LOSSES["deca_coarse"], eye
 class CoarseConfig:
     "A training of the coarse stage, from outside"
     stage: str = "emoca"  # a name of STAGES
-    coarse: str | None = None  # E_c: a file, or "deca" for the released one; None: a new one
+    coarse: str | None = None  # E_c: a file, "open_encoder" for the package's, "deca" for the released one; None: a new one
     out: str | None = None  # folder of the run; None: a name of its own below the data folder
     # data
     data: str = "synthetic"  # "synthetic", "synthetic_people", "affectnet", "vggface2" or folders, joined by +

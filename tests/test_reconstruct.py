@@ -268,6 +268,14 @@ def test_models_by_name(monkeypatch, tmp_path):
     with pytest.raises(EmocaError): Reconstructor(str(tmp_path / "absent.pt"), "none", "cpu")
 
 
+def test_the_package_has_an_encoder(photo):
+    [found] = reconstruct(photo, model="open_encoder", emotion="none", device="cpu")
+    head, = found.heads
+    assert head.error < .07 and head.codes.exp.abs().max() > .1
+    upper, lower = head.landmarks[61:64, 1], head.landmarks[[67, 66, 65], 1]
+    assert (lower - upper).min() > 2, "she smiles with her teeth"
+
+
 def test_desk(work, photo):
     studio = Studio(work=work, pictures=dict(astronaut=photo, wall=np.zeros((64, 64, 3), np.uint8)))
     studio.choice.value = "astronaut"
