@@ -692,7 +692,7 @@ def run_folder(
     c: CoarseConfig,  # the configuration
 ) -> Path:
     "The run's folder: as given, or a name of its own below the data folder."
-    said = {k: v for k, v in asdict(c).items() if k not in _ELSEWHERE} | dict(world=world_mark())
+    said = {k: v for k, v in asdict(c).items() if k not in _ELSEWHERE} | dict(stage=asdict(stage_of(c)), world=world_mark())
     return Path(c.out) if c.out else settings().data / "runs" / f"coarse-{c.stage}-{hashlib.sha256(repr(said).encode()).hexdigest()[:8]}"
 
 # %% ../nbs/05_train_coarse.ipynb #a17306ae
