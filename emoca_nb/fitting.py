@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from .core import EmocaError
 from .data import MIRROR_68
 from .encoders import Codes
-from .flame import FLAME, contour_rows, rigid_transforms, rodrigues
+from .flame import FLAME, contour_rows, rigid_transforms, rodrigues, rotvec
 from .losses import PAIRS, emotion_loss, photometric_loss
 from .open_head import EMOTIONS, EXPRESSION_UNITS, PROTOTYPES, emotion_codes
 from .renderer import HeadRenderer, project, sample_uv, sh_basis
 
 # %% auto #0
-__all__ = ['FRONT', 'HIDDEN', 'WHITE', 'LandmarkHead', 'rotvec', 'markup_offsets', 'Prior', 'unit_moments', 'head_prior',
-           'LandmarkTerms', 'boxed_step', 'fit_landmarks', 'landmark_error', 'Surface', 'surface_of', 'ridge',
-           'fit_skin', 'Fit', 'Fitter', 'PixelTerms']
+__all__ = ['FRONT', 'HIDDEN', 'WHITE', 'LandmarkHead', 'markup_offsets', 'Prior', 'unit_moments', 'head_prior', 'LandmarkTerms',
+           'boxed_step', 'fit_landmarks', 'landmark_error', 'Surface', 'surface_of', 'ridge', 'fit_skin', 'Fit',
+           'Fitter', 'PixelTerms']
 
 # %% ../nbs/04c_fitting.ipynb #f304d0ae
 def _pin(at, bary, n):
@@ -128,15 +128,6 @@ def look(
     return place * scale[:, None], torch.cat([place[..., None], torch.cat([by_shift, move], -1) * scale[..., None, None]], -1)
 
 # %% ../nbs/04c_fitting.ipynb #9772093d
-def rotvec(
-    R: Tensor,  # (B,3,3) rotations by less than a half turn
-) -> Tensor:  # (B,3) axis-angle, radians
-    "The axis-angle of rotations."
-    sine = torch.stack([R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], -1) / 2
-    angle = torch.atan2(sine.norm(dim=-1), (R.diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2)
-    return F.normalize(sine, dim=-1) * angle[:, None]
-
-
 @patch
 def begin(
     self: LandmarkHead,

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from .core import AssetMissing, BadFile, asset, atomic_write, expect_array, load_npy, load_npz, load_pickle, settings
 
 # %% auto #0
-__all__ = ['CACHE', 'YAW_SIGN', 'FALLBACK_ALBEDO', 'COMPANIONS', 'FLAME_SIZE', 'rodrigues', 'rigid_transforms', 'skin',
+__all__ = ['CACHE', 'YAW_SIGN', 'FALLBACK_ALBEDO', 'COMPANIONS', 'FLAME_SIZE', 'rodrigues', 'rotvec', 'rigid_transforms', 'skin',
            'surface_points', 'contour_rows', 'LandmarkEmbedding', 'MediaPipeEmbedding', 'AlbedoSpace', 'HeadModel',
            'Named', 'read_arrays', 'read_landmarks', 'read_mediapipe', 'read_eyelids', 'read_regions', 'read_template',
            'read_uv_masks', 'read_albedo', 'open_head_path', 'Companion', 'HeadOutput', 'FLAME']
@@ -40,6 +40,15 @@ def rodrigues(
     K = (rotvec / angle @ _CROSS.to(rotvec)).unflatten(-1, (3, 3))
     angle = angle[..., None]
     return _EYE.to(rotvec) + angle.sin() * K + (1 - angle.cos()) * (K @ K)
+
+# %% ../nbs/01_flame.ipynb #0697ba45
+def rotvec(
+    R:torch.Tensor, # (..., 3, 3) rotations by less than a half turn
+)->torch.Tensor: # (..., 3) axis-angle, radians
+    "Axis-angle vectors of rotation matrices"
+    sine = torch.stack([R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]], -1) / 2
+    angle = torch.atan2(sine.norm(dim=-1), (R.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2)
+    return F.normalize(sine, dim=-1) * angle[..., None]
 
 # %% ../nbs/01_flame.ipynb #196c0f6a
 _LAST = F.pad(torch.ones(1, 1), (3, 0, 3, 0)) # the row 0 0 0 1 of a homogeneous transform

@@ -145,7 +145,7 @@ def heads(
     photo = torch.from_numpy(np.stack([crop.cut(p) for crop, p in zip(crops, photos, strict=True)])).float() / 255
     known = [np.full((68, 2), np.nan) if f.landmarks is None else c.points(f.landmarks) for f, c in zip(faces, crops)]
     target = torch.from_numpy(np.stack(known)).float()
-    if self.encoders is None and target.isnan().all(-1).all(-1).any(): raise EmocaError("a fit needs 68 landmarks, which this detector does not give; use fan or dlib")
+    if self.encoders is None and target.isnan().all(-1).all(-1).any(): raise EmocaError("a fit needs 68 landmarks, which this detector does not give; use the detector fan or dlib, or the model open_encoder")
     codes = self.solve(photo, target)
     seen = self.fitter.small.look(self.fitter.state(codes)).cpu()
     errors, feel, codes = landmark_error(seen, target).tolist(), self.feelings(photo), codes.to("cpu")

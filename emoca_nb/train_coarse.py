@@ -23,8 +23,8 @@ from .data import affectnet, balanced_weights, digest, face_mask, facial_express
 from .emotion_net import Emotion, EmotionNet, emotion_metrics, load_emotion_net
 from .emotion_net import emotion_net as build_emotion_net
 from .encoders import LAYOUT, Codes, Encoders, load_encoders, neutral_codes
-from .fitting import Fitter, landmark_error, rotvec
-from .flame import FLAME, rodrigues
+from .fitting import Fitter, landmark_error
+from .flame import FLAME, rodrigues, rotvec
 from .losses import STAGES as LOSSES
 from .losses import Compared, LossWeights, compare, shuffle_within, total, vggface2_input
 from .renderer import HeadRenderer, Rendering, project
